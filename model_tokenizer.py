@@ -1,0 +1,626 @@
+"""The sequential diffusion tokenizer of D-AR: an image becomes 256 tokens, in the order of denoising.
+
+A transformer encodes the image into N query tokens, and each is replaced by its nearest codebook
+row (Eq. 1). A causal transformer turns the rows into condition tokens c_1 ... c_N, cut into K groups.
+A pixel-space flow-matching transformer then denoises the image in K steps, and step k sees group k
+only. Early tokens thus carry what early (noisy) steps need: layout and colour; late tokens carry
+detail. Reading the tokens one after another *is* running the diffusion.
+
+    image (B, 3, H, W) -> Encoder -> z (B, N, 8) -> Quantizer -> tokens (B, N), codes (B, N, 8)
+    codes (B, N, 8) -> CausalDecoder -> cond (B, N, D), in K groups of (B, N/K, D)
+    x_t (B, 3, H, W), t (B,), one group of cond -> DiffusionDecoder -> velocity (B, 3, H, W)
+
+Letters: B batch, H and W pixels, L image patches, N tokens, K groups, D width, V codebook size,
+d head width, h heads. Images are RGB in [-1, 1]. Flow time t: t = 0 is noise, t = 1 is the image;
+u is the time before the shift of Eq. 8. "Sec." and "Eq." are the paper's; "released code" is the
+authors' public release.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import Iterable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+
+
+@dataclass
+class TokenizerConfig:
+    """Architecture. Changing any field but `sigma`, `beta` and `image_size` invalidates weights."""
+    image_size: int = 256        # pixels a side (Sec. 5)
+    num_tokens: int = 256        # N, query tokens an image (Sec. 4)
+    num_groups: int = 8          # K, groups = denoising steps (Sec. 4, Table 5 of the appendix)
+    codebook_size: int = 16384   # V (Sec. 4)
+    code_dim: int = 8            # width of a codebook row (Sec. 4)
+    patch_size: int = 16         # pixels a side of an encoder patch (Sec. 4)
+    encoder_width: int = 768     # (Sec. 4)
+    encoder_depth: int = 8       # (Sec. 4)
+    decoder_width: int = 768     # the causal decoder (Sec. 4)
+    decoder_depth: int = 8       # (Sec. 4)
+    diffusion_width: int = 768   # (Sec. 4)
+    diffusion_depth: int = 12    # (Sec. 4)
+    diffusion_patch: int = 8     # pixels a side of a diffusion patch (Sec. 4)
+    head_dim: int = 64           # d, width of one attention head (released code)
+    query_rank: int = 8          # rank of the query table (released code)
+    max_tokens: int = 1024       # rows in the query and position tables (released code)
+    sigma: float = 0.6           # standard deviation the data is scaled by (released code)
+    beta: float = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
+    repa_depth: int = 8          # the REPA head reads after this many diffusion blocks; 0: no head
+    repa_dim: int = 768          # width of the DINOv2-B features the head predicts
+    repa_hidden: int = 2048      # width of the head's hidden layers (released code)
+
+    def __post_init__(self):
+        need = [
+            (self.num_tokens % self.num_groups == 0, "num_tokens must be a multiple of num_groups"),
+            (self.num_tokens <= self.max_tokens, "num_tokens must not exceed max_tokens"),
+            (self.image_size % self.patch_size == 0, "image_size must be a multiple of patch_size"),
+            (self.image_size % self.diffusion_patch == 0,
+             "image_size must be a multiple of diffusion_patch"),
+            (self.head_dim % 4 == 0, "head_dim must be a multiple of 4, for the two axes of RoPE"),
+            (0 <= self.repa_depth < self.diffusion_depth,
+             "repa_depth must be below diffusion_depth (0: no REPA head)"),
+            (self.sigma > 0 and self.beta > 0, "sigma and beta must be positive")]
+        need += [(width % self.head_dim == 0, "widths must be multiples of head_dim")
+                 for width in (self.encoder_width, self.decoder_width, self.diffusion_width)]
+        for holds, message in need:
+            if not holds:
+                raise ValueError(f"{message}; got {self}")
+
+
+TOKENIZERS = {
+    "paper": TokenizerConfig(),  # 300M parameters (300,099,776) + 7.3M in the REPA head
+    # The ablation model of the paper's appendix III, 113M parameters. Its 8 diffusion blocks leave
+    # none after the paper's REPA tap at 8, so the head reads after block 6.
+    "light": TokenizerConfig(encoder_width=512, decoder_width=512, diffusion_width=512,
+                             diffusion_depth=8, repa_depth=6),
+    # For the built-in 32-pixel pictures: 8 groups of 4 tokens, trained on a CPU in minutes.
+    "toy": TokenizerConfig(image_size=32, num_tokens=32, codebook_size=256, patch_size=4,
+                           encoder_width=96, encoder_depth=3, decoder_width=96, decoder_depth=2,
+                           diffusion_width=96, diffusion_depth=4, diffusion_patch=4, head_dim=32,
+                           max_tokens=32, repa_depth=0)}
+
+
+# ---- The rules: time, groups, interpolation ------------------------------------------------------
+
+def shift_time(u, beta: float):
+    """Flow time t of the uniform time u, Eq. 8. u: float or tensor in [0, 1]. beta > 1: denser at t = 0."""
+    return u / (u + beta * (1 - u))
+
+
+def group_of(u, num_groups: int):
+    """The group of tokens that conditions uniform time u, Eq. 5. u: float or tensor in [0, 1].
+
+    As the released code does, and unlike the paper's ceil(uK), the edges are rounded: each group is
+    trained around the one time at which the K-step sampler uses it.
+    """
+    if isinstance(u, Tensor):
+        return (u * num_groups + 0.5).long().clamp(max=num_groups - 1)
+    return min(int(u * num_groups + 0.5), num_groups - 1)
+
+
+def interpolate(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """x_t between noise x0 and data x1, both (B, 3, H, W), at flow times t (B,). Eq. 3 and 4."""
+    t = t[:, None, None, None]
+    return t * x1 + (1 - t) * x0
+
+
+def jump(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Where velocity v leads from x_t, both (B, 3, H, W), if followed from t (B,) to t = 1."""
+    return x + (1 - t[:, None, None, None]) * v
+
+
+class Step(NamedTuple):
+    """One denoising step: from flow time t to t_next, conditioned on one group of tokens."""
+    t: float
+    t_next: float
+    group: int
+
+
+def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> list[Step]:
+    """Steps at u = i / steps (Eq. 8); those of the first `groups` groups only, the last jumps to t = 1.
+
+    With steps = num_groups, every group is used exactly once.
+    """
+    kept = [i / steps for i in range(steps) if group_of(i / steps, num_groups) < groups]
+    times = [shift_time(u, beta) for u in kept] + [1.0]
+    return [Step(t, t_next, group_of(u, num_groups)) for u, t, t_next in zip(kept, times, times[1:])]
+
+
+def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solver: str) -> Tensor:
+    """x at step.t_next from x and velocity v at step.t, all (B, 3, H, W). Sec. 5, Table 6.
+
+    "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler. Its coefficients are
+    those of equal steps although the steps are not equal (released code).
+    """
+    if solver == "adams2" and v_before is not None:
+        v = 1.5 * v - 0.5 * v_before
+    return x + (step.t_next - step.t) * v
+
+
+# ---- Attention -----------------------------------------------------------------------------------
+
+def rope_2d(height: int, width: int, head_dim: int, device) -> Tensor:
+    """Rotation of patches in row-major order: cosines and sines, (2, height * width, head_dim / 2).
+
+    The first half of the channel pairs turns with the row, the second with the column. Sec. 4, App. I.
+    """
+    half = head_dim // 2
+    exponents = torch.arange(0, half, 2, dtype=torch.float64, device=device) / half
+    frequencies = 10000.0 ** -exponents
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], 1)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns neighbouring channel pairs of x (B, h, L, d) by rope (2, L, d/2), in float32."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                       # (B, h, L, d/2) each
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, bias: CausalBias) -> Tensor:
+    """Attention over [prefix, sequence]: the prefix sees the prefix, position i of the sequence sees
+    the prefix and positions up to i. Two calls without a mask in memory, both fit for flash kernels.
+
+    q, k, v: (B, h, prefix + sequence, d). bias: causal_lower_right(sequence, prefix + sequence).
+    """
+    prefix = bias.seq_len_kv - bias.seq_len_q
+    sequence = F.scaled_dot_product_attention(q[:, :, prefix:], k, v, attn_mask=bias)
+    if prefix == 0:
+        return sequence
+    q, k, v = q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix]
+    return torch.cat([F.scaled_dot_product_attention(q, k, v), sequence], 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised, rotated queries and keys (App. I). Scale 1/sqrt(d)."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.q_norm, self.k_norm = (nn.LayerNorm(head_dim, eps=1e-6) for _ in range(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)          # (B, h, L, d)
+
+    def merge(self, x: Tensor) -> Tensor:
+        return self.out(x.transpose(1, 2).flatten(2))                        # (B, L, D)
+
+    def forward(self, x: Tensor, rope: Tensor | None, bias: CausalBias | None) -> Tensor:
+        """Self-attention of x (B, L, D): over all of x, or as `prefix_attention` if bias is given."""
+        q, k, v = self.q_norm(self.heads(self.q(x))), self.k_norm(self.heads(self.k(x))), self.v(x)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = q.to(v.dtype), k.to(v.dtype), self.heads(v)
+        if bias is None:
+            return self.merge(F.scaled_dot_product_attention(q, k, v))
+        return self.merge(prefix_attention(q, k, v, bias))
+
+    def cross(self, x: Tensor, context: Tensor, rope: Tensor) -> Tensor:
+        """Attention of x (B, L, D), rotated, to context (B, M, D), unrotated: (B, L, D)."""
+        q = rotate(self.q_norm(self.heads(self.q(x))), rope)
+        k, v = self.k_norm(self.heads(self.k(context))), self.heads(self.v(context))
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
+
+
+def mlp(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over channels, without weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class Block(nn.Module):
+    """Transformer block whose branches are scaled by per-channel gates that start at 0."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attention = Attention(width, head_dim)
+        self.mlp = mlp(width, 4 * width)
+        self.gate1, self.gate2 = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+
+    def forward(self, x: Tensor, rope: Tensor | None, bias: CausalBias) -> Tensor:
+        x = x + self.gate1 * self.attention(self.norm1(x), rope, bias)       # (B, L, D)
+        return x + self.gate2 * self.mlp(self.norm2(x))
+
+
+# ---- Image to tokens -----------------------------------------------------------------------------
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) -> z (B, N, code_dim), one vector a query token. Eq. 1, Sec. 3.1."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        width = config.encoder_width
+        self.num_tokens, self.head_dim = config.num_tokens, config.head_dim
+        self.patchify = nn.Conv2d(3, width, config.patch_size, config.patch_size)
+        self.query_table = nn.Parameter(torch.empty(config.max_tokens, config.query_rank))
+        self.query_up = nn.Linear(config.query_rank, width)
+        self.blocks = nn.ModuleList(Block(width, config.head_dim)
+                                    for _ in range(config.encoder_depth))
+        self.to_code = nn.Linear(width, config.code_dim, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patchify(images)                                      # (B, D, H/16, W/16)
+        rope = rope_2d(*patches.shape[2:], self.head_dim, images.device)
+        # Query tokens have no place in the image: the identity rotation (App. I).
+        identity = rope.new_tensor([1.0, 0.0])[:, None, None].expand(-1, self.num_tokens, rope.shape[2])
+        rope = torch.cat([rope, identity], 1)                                # (2, L + N, d/2)
+        patches = layer_norm(patches.flatten(2).transpose(1, 2))             # (B, L, D)
+        queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
+        x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)     # (B, L + N, D)
+        bias = causal_lower_right(self.num_tokens, x.shape[1])               # queries are causal
+        for block in self.blocks:
+            x = block(x, rope, bias)
+        return self.to_code(layer_norm(x[:, -self.num_tokens:]))             # (B, N, 8)
+
+
+class Quantized(NamedTuple):
+    tokens: Tensor   # (B, N) int64, row numbers in the codebook
+    codes: Tensor    # (B, N, 8) the unit rows; their gradient goes to the encoder, straight through
+    loss: Tensor     # (B, N) codebook loss + 0.25 x commitment loss of each token
+
+
+class Quantizer(nn.Module):
+    """Nearest codebook row on the unit sphere (Sec. 4, App. I). Always float32: in bf16, 6 % of the
+    tokens would differ."""
+    commitment = 0.25  # weight of the commitment loss (released code)
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
+
+    def forward(self, z: Tensor) -> Quantized:
+        """z: (B, N, 8), of any length."""
+        with torch.autocast(z.device.type, enabled=False):
+            z, rows = F.normalize(z.float(), dim=-1), F.normalize(self.codebook, dim=-1)
+            tokens = (z.detach() @ rows.detach().T).argmax(-1)               # (B, N)
+            codes = rows[tokens]                                             # (B, N, 8)
+            loss = (codes - z.detach()).pow(2) + self.commitment * (codes.detach() - z).pow(2)
+            return Quantized(tokens, z + (codes - z).detach(), loss.mean(-1))
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Unit rows (B, n, 8) of tokens (B, n)."""
+        return F.normalize(self.codebook[tokens], dim=-1)
+
+
+# ---- Tokens to image -----------------------------------------------------------------------------
+
+class CausalDecoder(nn.Module):
+    """Codes (B, n, 8) -> condition tokens c_1 ... c_n (B, n, D) for any n <= N; causal. Sec. 4."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        width = config.decoder_width
+        self.from_code = nn.Linear(config.code_dim, width, bias=False)
+        self.positions = nn.Parameter(torch.empty(config.max_tokens, width))
+        self.blocks = nn.ModuleList(Block(width, config.head_dim)
+                                    for _ in range(config.decoder_depth))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        n = codes.shape[1]
+        x = self.from_code(codes) + self.positions[:n]                       # (B, n, D)
+        bias = causal_lower_right(n, n)
+        for block in self.blocks:
+            x = block(x, None, bias)
+        return layer_norm(x)
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """Features (B, width) of flow times t (B,): cosines, then sines, of 1000 t."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = 1000 * t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return layer_norm(x) * (1 + scale) + shift
+
+
+class DiffusionBlock(nn.Module):
+    """DiT block. Time and tokens enter only through shift, scale and gate (adaLN-zero), which differ
+    from patch to patch because each patch fetches its own condition by cross-attention. Sec. 4."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.cond_mlp = mlp(width, width)
+        self.cross_attention = Attention(width, head_dim)
+        self.time_mlp = mlp(width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.attention = Attention(width, head_dim)
+        self.mlp = mlp(width, 4 * width)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
+        """x: (B, L, D) patches. time: (B, D) sinusoid. cond: (B, N/K, D). rope: (2, L, d/2)."""
+        context = layer_norm(self.cond_mlp(cond))                            # (B, N/K, D)
+        fetched = self.cross_attention.cross(layer_norm(x), context, rope)   # (B, L, D)
+        signal = self.time_mlp(time)[:, None] + fetched                      # (B, L, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(signal)).chunk(6, -1)
+        x = x + gate1 * self.attention(modulate(x, shift1, scale1), rope, None)
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
+
+
+class DiffusionDecoder(nn.Module):
+    """Velocity v(x_t, t, c) on pixels, conditioned on one group of tokens. Sec. 3.1 and 4."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        width, self.patch = config.diffusion_width, config.diffusion_patch
+        self.head_dim, self.repa_depth = config.head_dim, config.repa_depth
+        self.from_pixels = nn.Linear(3 * self.patch ** 2, width)
+        self.from_cond = nn.Linear(config.decoder_width, width)
+        self.blocks = nn.ModuleList(DiffusionBlock(width, config.head_dim)
+                                    for _ in range(config.diffusion_depth))
+        self.to_pixels = nn.Linear(width, 3 * self.patch ** 2)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t (B, 3, H, W), t (B,), one group cond (B, N/K, D) -> velocity (B, 3, H, W), and the
+        patches (B, D, H/8, W/8) after `repa_depth` blocks, which the REPA head reads."""
+        x = F.pixel_unshuffle(x, self.patch)                                 # (B, 192, H/8, W/8)
+        height, width = x.shape[2:]
+        x = self.from_pixels(x.flatten(2).transpose(1, 2))                   # (B, L, D)
+        cond, time = layer_norm(self.from_cond(cond)), sinusoid(t, x.shape[2])
+        rope = rope_2d(height, width, self.head_dim, x.device)
+        tapped = x
+        for depth, block in enumerate(self.blocks, 1):
+            x = block(x, time, cond, rope)
+            tapped = x if depth == self.repa_depth else tapped
+        v = self.to_pixels(layer_norm(x)).transpose(1, 2).unflatten(2, (height, width))
+        return F.pixel_shuffle(v, self.patch), tapped.transpose(1, 2).unflatten(2, (height, width))
+
+
+class RepaHead(nn.Module):
+    """Predicts DINOv2 patch features from diffusion patches, in training only. Sec. 4."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        hidden = config.repa_hidden
+        self.layers = nn.Sequential(nn.Linear(config.diffusion_width, hidden), nn.SiLU(),
+                                    nn.Linear(hidden, hidden), nn.SiLU(),
+                                    nn.Linear(hidden, config.repa_dim))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """patches: (B, D, H/8, W/8) -> features (B, H/16 * W/16, repa_dim)."""
+        return self.layers(F.avg_pool2d(patches, 2).flatten(2).transpose(1, 2))
+
+
+class TrainOutput(NamedTuple):
+    flow_loss: Tensor      # () Eq. 2 over sigma^2
+    vq_loss: Tensor        # () mean over the tokens up to the end of each image's group
+    images: Tensor         # (B, 3, H, W) predicted images, in [-1, 1] if perfect
+    repa: Tensor | None    # (B, H/16 * W/16, repa_dim) predicted DINOv2 features; None without head
+    tokens: Tensor         # (B, N) int64
+    z: Tensor              # (B, N, 8) encoder outputs before quantization
+
+
+class Tokenizer(nn.Module):
+    """The whole sequential diffusion tokenizer (Sec. 3.1): `encode`, `decode`, `stream`; and its
+    training rule, `forward`."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantizer = Quantizer(config)
+        self.decoder = CausalDecoder(config)
+        self.diffusion = DiffusionDecoder(config)
+        self.repa_head = RepaHead(config) if config.repa_depth else None
+        self.initialise()
+
+    def initialise(self):
+        """All initialisation (released code)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.encoder.query_table, std=1.0)
+        nn.init.trunc_normal_(self.decoder.positions, std=0.02)
+        nn.init.normal_(self.quantizer.codebook)
+        with torch.no_grad():
+            self.quantizer.codebook.copy_(F.normalize(self.quantizer.codebook, dim=-1))
+        for layer in [block.modulation for block in self.diffusion.blocks] + [self.diffusion.to_pixels]:
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, images: Tensor, u: Tensor, noise: Tensor) -> TrainOutput:
+        """The training rule (Sec. 4). images: (B, 3, H, W) in [-1, 1]. u: (B,) uniform in [0, 1).
+        noise: (B, 3, H, W) standard normal."""
+        config = self.config
+        t, group = shift_time(u, config.beta), group_of(u, config.num_groups)
+        z = self.encoder(images)                                             # (B, N, 8)
+        quantized = self.quantizer(z)
+        cond = self.decoder(quantized.codes)                                 # (B, N, D)
+        cond = cond.unflatten(1, (config.num_groups, -1))                    # (B, K, N/K, D)
+        cond = cond[torch.arange(len(u), device=u.device), group]            # (B, N/K, D)
+
+        x1 = config.sigma * images
+        xt = interpolate(x1, noise, t)                                       # (B, 3, H, W)
+        v, patches = self.diffusion(xt, t, cond)
+        flow_loss = (v.float() - (x1 - noise)).pow(2).mean() / config.sigma ** 2
+
+        # Only tokens up to the end of the chosen group had a say in this image's velocity.
+        seen = (group + 1) * (config.num_tokens // config.num_groups)        # (B,)
+        seen = torch.arange(config.num_tokens, device=u.device) < seen[:, None]
+        vq_loss = (quantized.loss * seen).sum() / seen.sum()
+        repa = self.repa_head(patches) if self.repa_head is not None else None
+        return TrainOutput(flow_loss, vq_loss, jump(xt, v, t) / config.sigma, repa,
+                           quantized.tokens, z)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens (B, N) int64 of images (B, 3, H, W) in [-1, 1]. Eq. 1."""
+        with torch.no_grad():
+            return self.quantizer(self.encoder(images)).tokens
+
+    def condition(self, tokens: Tensor) -> Tensor:
+        """Condition tokens (B, n, D) of the first n tokens (B, n), n <= N."""
+        return self.decoder(self.quantizer.lookup(tokens))
+
+    def velocity(self, x: Tensor, step: Step, cond: Tensor) -> Tensor:
+        """Velocity (B, 3, H, W) at x (B, 3, H, W) in a step, from condition tokens (B, n, D) that
+        reach at least to the end of the step's group."""
+        size = self.config.num_tokens // self.config.num_groups
+        group = cond[:, step.group * size:(step.group + 1) * size]           # (B, N/K, D)
+        return self.diffusion(x, x.new_full((len(x),), step.t), group)[0].float()
+
+    def start(self, batch: int, noise: Tensor | None, solver: str) -> Tensor:
+        """Checked starting point x_0 (B, 3, H, W) of a sampler; fresh noise where none is given."""
+        if solver not in ("adams2", "euler"):
+            raise ValueError(f"solver must be adams2 or euler, got {solver!r}")
+        size = self.config.image_size
+        if noise is None:
+            return torch.randn(batch, 3, size, size, device=self.quantizer.codebook.device)
+        if noise.ndim != 4 or noise.shape[:2] != (batch, 3):
+            raise ValueError(f"noise must be ({batch}, 3, H, W), got {tuple(noise.shape)}")
+        return noise
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, noise: Tensor | None = None, steps: int | None = None,
+               solver: str = "adams2", groups: int | None = None) -> Tensor:
+        """Images (B, 3, H, W), in [-1, 1] up to overshoot, of tokens (B, n) int64.
+
+        noise: (B, 3, H, W) starting point, standard normal; None draws one. steps: denoising steps,
+        default K. solver: "adams2" or "euler". groups: read only the tokens of the first `groups`
+        groups, whose last step jumps to t = 1; default K. n must reach to the end of these groups.
+        Raises ValueError for other shapes or values. Sec. 4, "Sampling".
+        """
+        config = self.config
+        steps = config.num_groups if steps is None else steps
+        groups = config.num_groups if groups is None else groups
+        if steps < 1 or not 1 <= groups <= config.num_groups:
+            raise ValueError(f"need steps >= 1 and 1 <= groups <= {config.num_groups}, "
+                             f"got steps {steps}, groups {groups}")
+        length = groups * config.num_tokens // config.num_groups
+        if tokens.ndim != 2 or not length <= tokens.shape[1] <= config.num_tokens:
+            raise ValueError(f"tokens must be (B, n) with {length} <= n <= {config.num_tokens}, "
+                             f"got {tuple(tokens.shape)}")
+        x, v_before = self.start(len(tokens), noise, solver), None
+        cond = self.condition(tokens[:, :length])                            # (B, n, D)
+        for step in sampling_schedule(steps, config.num_groups, config.beta, groups):
+            v = self.velocity(x, step, cond)
+            x, v_before = solver_step(x, v, v_before, step, solver), v
+        return x / config.sigma
+
+    @torch.no_grad()
+    def stream(self, token_groups: Iterable[Tensor], noise: Tensor | None = None,
+               solver: str = "adams2") -> Iterator[Tensor]:
+        """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
+        (B, 3, H, W): the image that the velocity points at. The K-th is the image `decode` gives.
+
+        The steps are those of `decode` with steps = K; a preview costs no network call. Sec. 3.3.
+        """
+        config = self.config
+        schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta, config.num_groups)
+        tokens, x, v_before = None, None, None
+        for step, group in zip(schedule, token_groups):
+            tokens = group if tokens is None else torch.cat([tokens, group], 1)      # (B, n)
+            x = self.start(len(tokens), noise, solver) if x is None else x
+            v = self.velocity(x, step, self.condition(tokens))
+            preview = jump(x, v, x.new_full((len(x),), step.t))
+            x, v_before = solver_step(x, v, v_before, step, solver), v
+            yield (x if step is schedule[-1] else preview) / config.sigma
+
+
+# ---- Pixels and files ----------------------------------------------------------------------------
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
+    pixels = np.array(image.convert("RGB"), dtype=np.float32)                # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1]; clipped, rounded as ADM's samples are."""
+    pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def resize_shorter(image: Image.Image, size: int) -> Image.Image:
+    """Resizes so that the shorter side is `size` pixels, as ADM does: halved by boxes, then bicubic."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)),
+                        Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centred square of size x size pixels, the shorter side resized to `size`. ADM's crop."""
+    image = resize_shorter(image.convert("RGB"), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def image_grid(images: Tensor, columns: int, zoom: int = 1) -> Image.Image:
+    """One picture of images (B, 3, H, W) in rows of `columns`, 2 pixels apart on white."""
+    pixels = to_uint8(images).repeat(zoom, 1).repeat(zoom, 2)                # (B, H, W, 3)
+    count, height, width = pixels.shape[:3]
+    rows = -(-count // columns)
+    grid = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, np.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = i // columns * (height + 2), i % columns * (width + 2)
+        grid[top:top + height, left:left + width] = picture
+    return Image.fromarray(grid)
+
+
+def save_checkpoint(path: str, checkpoint: dict):
+    """Writes a dict of tensors and plain Python so that `path` always holds a whole checkpoint."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path + ".tmp", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(path: str, kind: str, device="cpu") -> dict:
+    """The dict that `save_checkpoint` wrote, its tensors on `device`; nothing but tensors and plain
+    data is unpickled. kind: "tokenizer" or "ar". Raises FileNotFoundError and ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds here: truncated, not a zip, not plain data
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if found != kind:
+        raise ValueError(f"{path} is not a checkpoint of kind {kind!r} (found: {found!r})")
+    return checkpoint
+
+
+def build_config(cls, values: dict, source: str):
+    """A config dataclass from saved values, complaining by name about missing and unknown ones."""
+    names = {field.name for field in fields(cls)}
+    if names != set(values):
+        raise ValueError(f"{source}: {cls.__name__} settings differ from this code's: "
+                         f"{sorted(names ^ set(values))}")
+    return cls(**values)
+
+
+def pack_tokenizer(model: Tokenizer, weights: dict | None = None) -> dict:
+    """What a checkpoint needs to rebuild a tokenizer; `weights` replaces the model's own."""
+    return {"kind": "tokenizer", "config": asdict(model.config),
+            "model": model.state_dict() if weights is None else weights}
+
+
+def unpack_tokenizer(packed: dict, source: str) -> Tokenizer:
+    """The tokenizer of a dict from `pack_tokenizer`; the averaged weights where there are any."""
+    model = Tokenizer(build_config(TokenizerConfig, packed["config"], source))
+    model.load_state_dict(packed.get("ema") or packed["model"])
+    return model.eval()
+
+
+def load_tokenizer(path: str, device="cpu") -> Tokenizer:
+    """The tokenizer of a checkpoint of train_tokenizer.py, with averaged weights, in eval mode.
+    Raises FileNotFoundError and ValueError."""
+    return unpack_tokenizer(load_checkpoint(path, "tokenizer", device), path).to(device)
