@@ -143,6 +143,13 @@ def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solve
 
 # ---- Attention -----------------------------------------------------------------------------------
 
+def to_patches(images: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
+    """Patches (B, L, C * patch * patch) of images (B, C, H, W), row by row, in channel-row-column order
+    within; and the grid they form, (H / patch, W / patch)."""
+    patches = F.pixel_unshuffle(images, patch)                               # (B, C p p, H/p, W/p)
+    return patches.flatten(2).transpose(1, 2), patches.shape[2:]
+
+
 def rope_2d(height: int, width: int, head_dim: int, device) -> Tensor:
     """Rotation of patches in row-major order: cosines and sines, (2, height * width, head_dim / 2).
 
@@ -244,7 +251,8 @@ class Encoder(nn.Module):
         super().__init__()
         width = config.encoder_width
         self.num_tokens, self.head_dim = config.num_tokens, config.head_dim
-        self.patchify = nn.Conv2d(3, width, config.patch_size, config.patch_size)
+        self.patch = config.patch_size
+        self.from_pixels = nn.Linear(3 * self.patch ** 2, width)
         self.query_table = nn.Parameter(torch.empty(config.max_tokens, config.query_rank))
         self.query_up = nn.Linear(config.query_rank, width)
         self.blocks = nn.ModuleList(Block(width, config.head_dim)
@@ -252,12 +260,12 @@ class Encoder(nn.Module):
         self.to_code = nn.Linear(width, config.code_dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = self.patchify(images)                                      # (B, D, H/16, W/16)
-        rope = rope_2d(*patches.shape[2:], self.head_dim, images.device)
+        patches, grid = to_patches(images, self.patch)                       # (B, L, 768)
+        rope = rope_2d(*grid, self.head_dim, images.device)
         # Query tokens have no place in the image: the identity rotation (App. I).
         identity = rope.new_tensor([1.0, 0.0])[:, None, None].expand(-1, self.num_tokens, rope.shape[2])
         rope = torch.cat([rope, identity], 1)                                # (2, L + N, d/2)
-        patches = layer_norm(patches.flatten(2).transpose(1, 2))             # (B, L, D)
+        patches = layer_norm(self.from_pixels(patches))                      # (B, L, D)
         queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
         x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)     # (B, L + N, D)
         bias = causal_lower_right(self.num_tokens, x.shape[1])               # queries are causal
@@ -367,17 +375,16 @@ class DiffusionDecoder(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
         """x_t (B, 3, H, W), t (B,), one group cond (B, N/K, D) -> velocity (B, 3, H, W), and the
         patches (B, D, H/8, W/8) after `repa_depth` blocks, which the REPA head reads."""
-        x = F.pixel_unshuffle(x, self.patch)                                 # (B, 192, H/8, W/8)
-        height, width = x.shape[2:]
-        x = self.from_pixels(x.flatten(2).transpose(1, 2))                   # (B, L, D)
+        x, grid = to_patches(x, self.patch)                                  # (B, L, 192)
+        x = self.from_pixels(x)                                              # (B, L, D)
         cond, time = layer_norm(self.from_cond(cond)), sinusoid(t, x.shape[2])
-        rope = rope_2d(height, width, self.head_dim, x.device)
+        rope = rope_2d(*grid, self.head_dim, x.device)
         tapped = x
         for depth, block in enumerate(self.blocks, 1):
             x = block(x, time, cond, rope)
             tapped = x if depth == self.repa_depth else tapped
-        v = self.to_pixels(layer_norm(x)).transpose(1, 2).unflatten(2, (height, width))
-        return F.pixel_shuffle(v, self.patch), tapped.transpose(1, 2).unflatten(2, (height, width))
+        v = self.to_pixels(layer_norm(x)).transpose(1, 2).unflatten(2, grid)
+        return F.pixel_shuffle(v, self.patch), tapped.transpose(1, 2).unflatten(2, grid)
 
 
 class RepaHead(nn.Module):
@@ -421,7 +428,7 @@ class Tokenizer(nn.Module):
     def initialise(self):
         """All initialisation (released code)."""
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -585,7 +592,7 @@ def save_checkpoint(path: str, checkpoint: dict):
 
 def load_checkpoint(path: str, kind: str, device="cpu") -> dict:
     """The dict that `save_checkpoint` wrote, its tensors on `device`; nothing but tensors and plain
-    data is unpickled. kind: "tokenizer" or "ar". Raises FileNotFoundError and ValueError."""
+    data is unpickled. kind: "tokenizer", "ar", or "" for any. Raises FileNotFoundError and ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -593,7 +600,7 @@ def load_checkpoint(path: str, kind: str, device="cpu") -> dict:
     except Exception as error:  # torch raises many kinds here: truncated, not a zip, not plain data
         raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if found != kind:
+    if found not in ([kind] if kind else ["tokenizer", "ar"]):
         raise ValueError(f"{path} is not a checkpoint of kind {kind!r} (found: {found!r})")
     return checkpoint
 
@@ -621,6 +628,7 @@ def unpack_tokenizer(packed: dict, source: str) -> Tokenizer:
 
 
 def load_tokenizer(path: str, device="cpu") -> Tokenizer:
-    """The tokenizer of a checkpoint of train_tokenizer.py, with averaged weights, in eval mode.
-    Raises FileNotFoundError and ValueError."""
-    return unpack_tokenizer(load_checkpoint(path, "tokenizer", device), path).to(device)
+    """The tokenizer of a checkpoint of train_tokenizer.py, with averaged weights, or the one that a
+    checkpoint of train_ar.py carries; in eval mode. Raises FileNotFoundError and ValueError."""
+    saved = load_checkpoint(path, "")
+    return unpack_tokenizer(saved.get("tokenizer", saved), path).to(device)

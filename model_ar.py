@@ -1,0 +1,255 @@
+"""The autoregressive model of D-AR: an unmodified Llama that predicts image tokens one after another.
+
+Nothing here knows of images or diffusion. A sequence is one class token, then the tokens q_1 ... q_N
+of the tokenizer; the model is trained on the next one (Eq. 6) and generates them in order.
+
+    [class, q_1 ... q_{N-1}] -> embeddings (B, N, D) -> blocks -> logits (B, N, V) of q_1 ... q_N
+
+Letters: B batch, N tokens an image, D width, V vocabulary, h heads, d head width, `pos` the position
+in the sequence (the class token has pos 0). "Sec." and "Eq." are the paper's.
+"""
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class ARConfig:
+    """Architecture; changing any field but the dropouts invalidates weights."""
+    depth: int = 24
+    width: int = 1024
+    heads: int = 16
+    num_tokens: int = 256        # N (Sec. 4)
+    vocab_size: int = 16384      # V, the tokenizer's codebook size (Sec. 4)
+    num_classes: int = 1000      # one more row is the null class of guidance
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    dropout: float = 0.1         # on token embeddings, residual and feed-forward branches (Sec. 5, RandAR)
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ValueError(f"width must be heads times an even number; got {self}")
+
+
+SIZES = {  # with 16384 tokens and 1000 classes (Sec. 4)
+    "B": ARConfig(depth=12, width=768, heads=12),    # 110,888,448 parameters
+    "L": ARConfig(depth=24, width=1024, heads=16),   # 342,910,976
+    "XL": ARConfig(depth=36, width=1280, heads=20),  # 774,699,520
+    "XXL": ARConfig(depth=48, width=1536, heads=24),  # 1,410,972,672
+    # For the toy tokenizer's 32 tokens of the built-in pictures.
+    "toy": ARConfig(depth=4, width=128, heads=4, num_tokens=32, vocab_size=256, num_classes=10,
+                    dropout=0.0)}
+
+
+def rope_1d(length: int, head_dim: int, base: float, device=None) -> Tensor:
+    """Rotation of positions 0 ... length - 1: cosines and sines, (2, length, head_dim / 2)."""
+    frequencies = base ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    angles = torch.arange(length, device=device)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns neighbouring channel pairs of x (B, h, n, d) by rope (2, n, d/2), in float32."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                       # (B, h, n, d/2) each
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x over its root mean square, which is taken in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return (x.float() * scale).to(x.dtype) * self.weight
+
+
+class KVCache:
+    """Keys and values of all blocks, (depth, B, h, N, d), filled from the left."""
+
+    def __init__(self, config: ARConfig, batch: int, device, dtype):
+        shape = (config.depth, batch, config.heads, config.num_tokens, config.width // config.heads)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention, no biases."""
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, pos: int, cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x: (B, n, D), at positions pos ... pos + n - 1; n = 1 or pos = 0. cache: this block's keys
+        and values (B, h, N, d), which are filled up to pos and gain n; None: x is all there is."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, n, d)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            end = pos + x.shape[1]
+            cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
+            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+        # A single query sees all keys up to its own: no mask.
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+        return self.out(x.transpose(1, 2).flatten(2))                        # (B, n, D)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer of width 8/3 D, rounded up to a multiple of 256."""
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        hidden = -(-int(8 * config.width / 3) // 256) * 256
+        self.gate, self.up = (nn.Linear(config.width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each on the normalised input and added to it."""
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: Tensor, pos: int, cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, pos, cache))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))                  # (B, n, D)
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (B, V) with all but the top_k largest, and all but the smallest set of probability
+    top_p or more, at -inf. top_k = 0 and top_p = 1 keep everything."""
+    if top_k > 0:
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)        # probability of all larger
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before > top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """One token a row (B,) from logits (B, V); temperature 0 takes the most likely."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+    # argmax(p / Exponential(1)) has the distribution p, and never waits for the GPU.
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+
+class AR(nn.Module):
+    """Llama on [class, tokens]. `forward` trains, `generate` samples; both run `trunk`."""
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        rope = rope_1d(config.num_tokens, config.width // config.heads, config.rope_base)
+        self.register_buffer("rope", rope, persistent=False)                 # (2, N, d/2)
+        self.initialise()
+
+    def initialise(self):
+        """All initialisation (released code)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    def trunk(self, x: Tensor, pos: int = 0, cache: KVCache | None = None) -> Tensor:
+        """Embeddings (B, n, D) at positions pos ... pos + n - 1 -> logits (B, n, V)."""
+        rope = self.rope[:, pos:pos + x.shape[1]]
+        for depth, block in enumerate(self.blocks):
+            x = block(x, rope, pos, None if cache is None else (cache.k[depth], cache.v[depth]))
+        return self.head(self.norm(x))
+
+    def embed(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """Embeddings (B, 1 + n, D) of class labels (B,) and tokens (B, n)."""
+        return torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(tokens)], 1)
+
+    def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """Logits (B, n, V) of tokens (B, n) int64, n <= N: each from the label and the tokens before it
+        (Eq. 6). labels: (B,) int64; num_classes is the null class."""
+        return self.trunk(self.dropout(self.embed(labels, tokens[:, :-1])))
+
+    def check(self, labels: Tensor, cfg: tuple[float, float] | None, prefix: Tensor | None):
+        config = self.config
+        if labels.numel() and not 0 <= labels.min() <= labels.max() <= config.num_classes:
+            raise ValueError(f"labels must be in 0 ... {config.num_classes - 1} "
+                             f"(or {config.num_classes}, the null class)")
+        if cfg is not None and len(cfg) != 2:
+            raise ValueError(f"cfg must be None or (start, end), got {cfg!r}")
+        if prefix is not None and (prefix.ndim != 2 or len(prefix) != len(labels)
+                                   or prefix.shape[1] > config.num_tokens):
+            raise ValueError(f"prefix must be ({len(labels)}, n) with n <= {config.num_tokens}, "
+                             f"got {tuple(prefix.shape)}")
+
+    @torch.no_grad()
+    def generate(self, labels: Tensor, cfg: tuple[float, float] | None = None,
+                 prefix: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0) -> Tensor:
+        """Tokens (B, N) int64 of class labels (B,) int64. Raises ValueError for other shapes.
+
+        cfg: (start, end): classifier-free guidance, whose scale runs linearly from start at the first
+        token to end at the last; None: no guidance, and none of its cost. prefix: (B, n) int64, tokens
+        to keep. temperature: 0 is greedy. top_k, top_p: 0 and 1 keep all tokens. Sec. 5.
+        """
+        self.check(labels, cfg, prefix)
+        config, batch = self.config, len(labels)
+        prefix = labels.new_zeros(batch, 0) if prefix is None else prefix
+        tokens = labels.new_empty(batch, config.num_tokens)                  # (B, N)
+        tokens[:, :prefix.shape[1]] = prefix
+        if cfg is not None:  # the conditional half, then the unconditional half
+            scales = torch.linspace(*cfg, config.num_tokens).tolist()
+            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+            prefix = torch.cat([prefix, prefix])
+        x = self.embed(labels, prefix)                                       # (B or 2B, 1 + n, D)
+        cache, pos = KVCache(config, len(labels), x.device, x.dtype), 0
+        for j in range(prefix.shape[1], config.num_tokens):
+            logits = self.trunk(x, pos, cache)[:, -1].float()                # (B or 2B, V)
+            if cfg is not None:
+                cond, uncond = logits.chunk(2)
+                logits = uncond + scales[j] * (cond - uncond)
+            tokens[:, j] = draw(logits, temperature, top_k, top_p)
+            pos += x.shape[1]
+            x = self.token_embedding(tokens[:, j:j + 1])                     # (B, 1, D)
+            if cfg is not None:
+                x = torch.cat([x, x])
+        return tokens
+
+
+def load_ar(path: str, device="cpu") -> AR:
+    """The model of a checkpoint of train_ar.py, with averaged weights if there are any, in eval mode.
+    Nothing but tensors and plain data is unpickled. Raises FileNotFoundError and ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds here: truncated, not a zip, not plain data
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    found = saved.get("kind") if isinstance(saved, dict) else None
+    if found != "ar":
+        raise ValueError(f"{path} is not a checkpoint of an autoregressive model (found: {found!r})")
+    model = AR(ARConfig(**saved["config"]))
+    model.load_state_dict(saved["ema"] or saved["model"])
+    return model.eval().to(device)

@@ -1,0 +1,527 @@
+"""Trains the sequential diffusion tokenizer.
+
+    python train_tokenizer.py --preset toy                        built-in pictures, minutes on a CPU
+    torchrun --nproc_per_node=8 train_tokenizer.py --data DIR     the paper's run: ImageNet, 256 pixels
+    torchrun --nproc_per_node=4 train_tokenizer.py --data DIR --preset light    the ablation model
+
+DIR holds one sub-folder of images a class, or `train` and `val` folders of such. The paper's run took
+about 5 days on 16 A100 GPUs (1,900 GPU-hours), the ablation model 8 hours on 4. Every setting below
+is a flag; the same command continues where it stopped. Results are in `out/tokenizer`.
+"""
+import argparse
+import colorsys
+import copy
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model_tokenizer import (TOKENIZERS, Tokenizer, TokenizerConfig, build_config, center_crop,
+                             group_of, image_grid, load_checkpoint, resize_shorter, save_checkpoint,
+                             to_tensor)
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a run. Defaults are the paper's; their source is in brackets."""
+    out: str = "out/tokenizer"       # folder of checkpoints, log and pictures
+    data: str = "data/imagenet"      # folder of images, or "shapes": the built-in pictures
+    steps: int = 210_000             # (Sec. 5)
+    batch: int = 1024                # images a step, over all processes (Sec. 5)
+    accumulate: int = 1              # backward passes a step; `batch` stays what it is
+    lr: float = 2e-4                 # (Sec. 5; constant after warm-up)
+    lr_final: float = 2e-4           # learning rate at the end of `decay_steps`
+    warmup_steps: int = 500          # linear rise of the learning rate (released code)
+    decay_steps: int = 0             # linear fall to lr_final over the last steps
+    beta1: float = 0.9               # AdamW (released code)
+    beta2: float = 0.95              # AdamW (released code)
+    weight_decay: float = 0.0        # AdamW (released code)
+    clip: float = 1.0                # largest norm of the gradient (released code)
+    ema: float = 0.999               # decay of the averaged weights (released code)
+    vq: float = 1.0                  # weight of the codebook and commitment losses (Eq. 7)
+    lpips: float = 0.5               # weight of LPIPS (Eq. 7); 0: neither computed nor downloaded
+    repa: float = 0.5                # weight of REPA (Eq. 7); 0: neither computed nor downloaded
+    reseed_after: int = 0            # steps after which an unused codebook row becomes a random
+    #                                  encoder output; 0: never. Not in the paper: small runs need it
+    resize_max: float = 1.25         # random crops: shorter side up to 1.25 x image_size (Sec. 5)
+    flip: bool = True                # mirror half of the images (Sec. 5)
+    workers: int = 8                 # processes that load images, for each training process
+    compile: bool = True             # torch.compile the transformer blocks; CUDA only
+    seed: int = 0
+    log_every: int = 100             # steps between log lines
+    eval_every: int = 5000           # steps between pictures and held-out PSNR
+    save_every: int = 2500           # steps between checkpoints
+    eval_images: int = 64            # held-out images for PSNR
+
+
+PRESETS = {  # name: (settings of the run, architecture)
+    "paper": (TrainConfig(), TOKENIZERS["paper"]),
+    "light": (TrainConfig(steps=50_000, batch=256), TOKENIZERS["light"]),  # App. III
+    "toy": (TrainConfig(data="shapes", steps=2000, batch=32, lr=1e-3, lr_final=1e-4, warmup_steps=50,
+                        decay_steps=1000, ema=0.99, lpips=0.0, repa=0.0, reseed_after=20,
+                        resize_max=1.0, flip=False, workers=0, eval_every=500, save_every=500,
+                        eval_images=200),
+            TOKENIZERS["toy"])}
+
+
+# ---- Settings, processes, schedule ---------------------------------------------------------------
+
+def parse_config(presets: dict, argv: list[str] | None = None) -> list:
+    """The dataclasses of the preset that --preset names, changed by a flag for each of their fields."""
+    parser = argparse.ArgumentParser(description="Each flag is a field of the dataclasses in the source.")
+    parser.add_argument("--preset", choices=presets, default="paper")
+    for field in (field for part in presets["paper"] for field in fields(part)):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"paper: {field.default}")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    parts = presets[given.pop("preset")]
+    return [replace(part, **{field.name: given[field.name] for field in fields(part)
+                             if field.name in given}) for part in parts]
+
+
+def join_processes() -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device of this process, started by torchrun or plain python."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def local_batch(config, world: int) -> int:
+    """Images in one backward pass of one process. Raises ValueError if `batch` cannot be split so."""
+    if config.batch % (world * config.accumulate):
+        raise ValueError(f"--batch {config.batch} cannot be split over {world} processes x --accumulate "
+                         f"{config.accumulate}; give a multiple of {world * config.accumulate}")
+    return config.batch // (world * config.accumulate)
+
+
+def learning_rate(step: int, config) -> float:
+    """Of the optimizer step `step` = 0, 1, ...: linear warm-up, constant, linear fall at the end."""
+    rate = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    left = (config.steps - step) / max(config.decay_steps, 1)
+    return rate if left >= 1 else config.lr_final + (rate - config.lr_final) * left
+
+
+def seeded(*numbers: int, device="cpu") -> torch.Generator:
+    """A random generator that is a function of the numbers: (seed, step) or (seed, position), say."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def update_ema(ema: nn.Module, model: nn.Module, decay: float):
+    """ema <- decay * ema + (1 - decay) * model, in one fused call."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def write_log(config, **numbers):
+    """Prints one line and appends the same numbers to log.jsonl in the output folder."""
+    print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                    for name, value in numbers.items()), flush=True)
+    with open(os.path.join(config.out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(numbers) + "\n")
+
+
+def utilisation(flops_per_second: float) -> dict:
+    """Model FLOP utilisation: the share of the GPU's dense bf16 peak, where that is known."""
+    peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # vendor's data sheets
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {"mfu": flops_per_second / peak for gpu, peak in peaks.items() if gpu in name}
+
+
+def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
+    """Floating-point operations of one forward pass on inputs of batch 1, counted on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = copy.deepcopy(model).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        model(*(value.to("meta") for value in inputs))
+    return counter.get_total_flops()
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+class Shapes:
+    """The built-in data: 32-pixel pictures of one shape each, drawn by code. Picture i is a function
+    of i alone and shows class i mod 10; colours, place and size vary."""
+    classes = ["circle", "ring", "square", "triangle", "cross", "star", "heart", "moon", "arrow",
+               "hourglass"]
+
+    def __init__(self, first: int, count: int, size: int):
+        self.first, self.count, self.size = first, count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def label(self, i: int) -> int:
+        return (self.first + i) % len(self.classes)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        rng, label = np.random.default_rng((0, self.first + i)), self.label(i)
+        shape = colorsys.hsv_to_rgb(rng.integers(8) / 8 + rng.uniform(0, 0.03), 0.9, rng.uniform(0.8, 1))
+        ground = colorsys.hsv_to_rgb(rng.random(), 0.15, rng.choice([0.1, 0.95]) + rng.uniform(-.05, .05))
+        shape, ground = (tuple(int(255 * c) for c in colour) for colour in (shape, ground))
+        unit = 4 * self.size / 32  # drawn 4 times larger, then averaged
+        picture = Image.new("RGB", (4 * self.size,) * 2, ground)
+        self.draw(self.classes[label], ImageDraw.Draw(picture), *(unit * (16 + rng.uniform(-2, 2, 2))),
+                  unit * rng.uniform(9.5, 11.5), shape, ground)
+        return picture.resize((self.size,) * 2, Image.Resampling.BOX), label
+
+    @staticmethod
+    def draw(name: str, pen, x: float, y: float, r: float, shape: tuple, ground: tuple):
+        """Draws the named shape of radius r around (x, y)."""
+        def disc(dx, dy, radius, colour):
+            pen.ellipse((x + dx - radius, y + dy - radius, x + dx + radius, y + dy + radius), colour)
+
+        def polygon(*corners):
+            pen.polygon([(x + r * a, y + r * b) for a, b in corners], shape)
+
+        if name in ("circle", "ring", "moon"):
+            disc(0, 0, r, shape)
+            if name == "ring":
+                disc(0, 0, 0.55 * r, ground)
+            if name == "moon":
+                disc(0.5 * r, -0.25 * r, 0.8 * r, ground)
+        elif name == "square":
+            polygon((-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85))
+        elif name == "triangle":
+            polygon((0, -1), (1, .8), (-1, .8))
+        elif name == "cross":
+            polygon((-.3, -1), (.3, -1), (.3, 1), (-.3, 1))
+            polygon((-1, -.3), (1, -.3), (1, .3), (-1, .3))
+        elif name == "star":
+            turns = [math.pi * k / 5 for k in range(10)]
+            polygon(*((math.sin(a) * s, -math.cos(a) * s) for a, s in zip(turns, [1.1, .45] * 5)))
+        elif name == "heart":
+            disc(-.47 * r, -.35 * r, .53 * r, shape)
+            disc(.47 * r, -.35 * r, .53 * r, shape)
+            polygon((-.93, -.1), (.93, -.1), (0, 1.05))
+        elif name == "arrow":
+            polygon((-1, -.3), (.1, -.3), (.1, -.85), (1, 0), (.1, .85), (.1, .3), (-1, .3))
+        elif name == "hourglass":
+            polygon((-.85, -1), (.85, -1), (-.85, 1), (.85, 1))
+
+
+class Folder:
+    """Images in one sub-folder a class, the classes in sorted order. Raises ValueError if none."""
+    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+    def __init__(self, root: str):
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        self.items = [(os.path.join(root, name, file), label)
+                      for label, name in enumerate(self.classes)
+                      for file in sorted(os.listdir(os.path.join(root, name)))
+                      if file.lower().endswith(self.endings)]
+        if not self.items:
+            raise ValueError(f"no images in {root}: it must hold one sub-folder of images a class")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def label(self, i: int) -> int:
+        return self.items[i][1]
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        path, label = self.items[i]
+        image = Image.open(path)
+        image.draft("RGB", (512, 512))  # large JPEGs are decoded at a fraction of their size
+        return image.convert("RGB"), label
+
+
+def open_data(data: str, size: int) -> tuple:
+    """Training and held-out images of `--data`: "shapes", a folder of classes (of which every 100th
+    image is then held out), or a folder that holds `train` and `val` folders of classes."""
+    if data == "shapes":
+        return Shapes(0, 20_000, size), Shapes(1_000_000, 1_000, size)
+    if not os.path.isdir(data):
+        raise FileNotFoundError(f"no folder {data}; give --data DIR with one sub-folder of images a "
+                                "class, or --preset toy for the built-in pictures")
+    if os.path.isdir(os.path.join(data, "train")) and os.path.isdir(os.path.join(data, "val")):
+        return Folder(os.path.join(data, "train")), Folder(os.path.join(data, "val"))
+    train, held_out = Folder(data), Folder(data)
+    held_out.items = train.items[::100]
+    train.items = [item for i, item in enumerate(train.items) if i % 100] or held_out.items
+    return train, held_out
+
+
+def random_crop(image: Image.Image, size: int, resize_max: float, flip: bool, rng) -> Image.Image:
+    """A random square of size x size pixels after the shorter side is resized to size ... resize_max x
+    size, mirrored half of the time if `flip`."""
+    image = resize_shorter(image, int(rng.integers(size, int(size * resize_max) + 1)))
+    left, top = rng.integers(image.width - size + 1), rng.integers(image.height - size + 1)
+    image = image.crop((left, top, left + size, top + size))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and rng.random() < 0.5 else image
+
+
+class Shuffle:
+    """Endless shuffled epochs of `count` items. What stands at `position` = 0, 1, ... is a function of
+    (seed, position): a resumed run sees what the uninterrupted one would, on any number of processes."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch, self.order = count, seed, -1, None
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, self.count)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng((self.seed, 1, epoch)).permutation(self.count)
+        return int(self.order[place])
+
+
+class Stream(torch.utils.data.Dataset):
+    """Training images in the order of `Shuffle`, randomly cropped by a generator of (seed, position)."""
+
+    def __init__(self, source, config, size: int):
+        self.source, self.config, self.size = source, config, size
+        self.shuffle = Shuffle(len(source), config.seed)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+        """Image (3, H, W), label, position."""
+        image, label = self.source[self.shuffle[position]]
+        rng = np.random.default_rng((self.config.seed, 2, position))
+        crop = random_crop(image, self.size, self.config.resize_max, self.config.flip, rng)
+        return to_tensor(crop), label, position
+
+
+def positions(config, first_step: int, rank: int, world: int) -> list[int]:
+    """Stream positions of this process from `first_step` to the end of the run."""
+    share = config.batch // world
+    return [step * config.batch + rank * share + i
+            for step in range(first_step, config.steps) for i in range(share)]
+
+
+def batches(stream: Stream, config, first_step: int, rank: int, world: int, device) -> Iterator:
+    """Batches (images, labels, positions) of this process; `accumulate` of them are one step."""
+    loader = torch.utils.data.DataLoader(
+        stream, local_batch(config, world), sampler=positions(config, first_step, rank, world),
+        num_workers=config.workers, pin_memory=device.type == "cuda", drop_last=True)
+    for images, labels, places in loader:
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), places
+
+
+# ---- Losses and the codebook ---------------------------------------------------------------------
+
+class PerceptualLoss(nn.Module):
+    """LPIPS with VGG, frozen, in eval mode and float32 (Eq. 7). Raises ValueError without weights."""
+
+    def __init__(self):
+        super().__init__()
+        import lpips
+        try:
+            self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        except OSError as error:
+            raise ValueError(f"LPIPS needs vgg16-397923af.pth of download.pytorch.org in "
+                             f"{torch.hub.get_dir()}/checkpoints ({error}); --lpips 0 trains without") from None
+
+    def forward(self, predicted: Tensor, images: Tensor) -> Tensor:
+        """Mean distance of images (B, 3, H, W) in [-1, 1]."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.net(predicted.float(), images.float()).mean()
+
+
+class RepaLoss(nn.Module):
+    """1 - cosine to DINOv2-B/14 patch features (Sec. 4, Eq. 7). Raises ValueError without weights."""
+
+    def __init__(self):
+        super().__init__()
+        try:
+            net = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", verbose=False)
+        except OSError as error:
+            raise ValueError(f"REPA needs the repository facebookresearch/dinov2 in {torch.hub.get_dir()} "
+                             f"and dinov2_vitb14_pretrain.pth of dl.fbaipublicfiles.com/dinov2 in its "
+                             f"folder checkpoints ({error}); --repa 0 trains without") from None
+        self.net = net.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+
+    def forward(self, predicted: Tensor, images: Tensor) -> Tensor:
+        """predicted: (B, side * side, 768) features. images: (B, 3, H, W) in [-1, 1]."""
+        side = 14 * math.isqrt(predicted.shape[1])                           # 224 for 256 pixels
+        with torch.no_grad():
+            normal = ((images + 1) / 2 - self.mean) / self.std
+            small = F.interpolate(normal, size=(side, side), mode="bicubic", antialias=False)
+            features = self.net.forward_features(small)["x_norm_patchtokens"]
+        return (1 - F.cosine_similarity(predicted.float(), features.float(), dim=-1)).mean()
+
+
+class CodebookUse:
+    """How many steps each codebook row has gone unused, over all processes."""
+
+    def __init__(self, size: int, device):
+        self.idle = torch.zeros(size, dtype=torch.long, device=device)       # (V,)
+
+    def update(self, tokens: Tensor):
+        """Counts one more step, in which this process saw `tokens` (any shape)."""
+        used = torch.zeros_like(self.idle)
+        used[tokens.flatten()] = 1
+        if dist.is_initialized():
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+        self.idle = torch.where(used > 0, 0, self.idle + 1)
+
+    def share(self, window: int) -> float:
+        """Share of the codebook used in the last `window` steps."""
+        return (self.idle < window).float().mean().item()
+
+    @torch.no_grad()
+    def reseed(self, after: int, z: Tensor, generator: torch.Generator, *codebooks: Tensor):
+        """Sets rows that went unused for `after` steps to random rows of z (B, N, 8), in all
+        `codebooks` (V, 8) and alike on all processes."""
+        z = F.normalize(z.flatten(0, 1).float(), dim=-1)                     # (B N, 8)
+        chosen = torch.randint(len(z), self.idle.shape, generator=generator, device=z.device)
+        fresh = z[chosen]                                                    # (V, 8)
+        if dist.is_initialized():
+            dist.broadcast(fresh, 0)
+        dead = self.idle >= after
+        for codebook in codebooks:
+            codebook.copy_(torch.where(dead[:, None], fresh, codebook))
+        self.idle = torch.where(dead, 0, self.idle)
+
+
+@torch.no_grad()
+def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[float, Image.Image]:
+    """PSNR in dB of reconstructions of images (B, 3, H, W), and a picture of the first 8: the original,
+    then the previews after each group of tokens."""
+    noise = torch.randn(images.shape, generator=seeded(seed, 3)).to(images.device)
+    tokens, size = model.encode(images), model.config.num_tokens // model.config.num_groups
+    previews = [images] + list(model.stream(tokens.split(size, 1), noise))
+    error = (previews[-1].clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4  # pixels in [0, 1]
+    picture = torch.stack([preview[:8] for preview in previews], 1).flatten(0, 1)
+    zoom = max(1, 64 // images.shape[-1])
+    return (-10 * error.log10()).mean().item(), image_grid(picture, len(previews), zoom)
+
+
+# ---- The run -------------------------------------------------------------------------------------
+
+def main(argv: list[str] | None = None):
+    config, architecture = parse_config(PRESETS, argv)
+    if config.repa == 0:
+        architecture = replace(architecture, repa_depth=0)
+    if config.repa and not architecture.repa_depth:
+        raise ValueError("--repa needs a REPA head: give --repa-depth, or --repa 0")
+
+    # Processes
+    rank, world, device = join_processes()
+    master, micro = rank == 0, local_batch(config, world)
+
+    # Data
+    train, held_out = open_data(config.data, architecture.image_size)
+    stream = Stream(train, config, architecture.image_size)
+    shown = torch.stack([to_tensor(center_crop(held_out[i][0], architecture.image_size))
+                         for i in range(min(config.eval_images, len(held_out)))]).to(device)
+
+    # Model, its running average, and the losses outside it
+    torch.manual_seed(config.seed)
+    model = Tokenizer(architecture).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    lpips = PerceptualLoss().to(device) if config.lpips else None
+    repa = RepaLoss().to(device) if config.repa else None
+    weights = {"flow": 1.0, "vq": config.vq, "lpips": config.lpips, "repa": config.repa}
+    use = CodebookUse(architecture.codebook_size, device)
+
+    # Optimizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
+                                  weight_decay=config.weight_decay, fused=device.type == "cuda")
+
+    # Resume
+    path, first_step = os.path.join(config.out, "last.pt"), 0
+    if os.path.exists(path):
+        saved = load_checkpoint(path, "tokenizer", device)
+        if build_config(TokenizerConfig, saved["config"], path) != architecture:
+            raise ValueError(f"{path} has another architecture; give --out with another folder")
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        use.idle, first_step = saved["idle"], saved["step"]
+    if master:
+        os.makedirs(config.out, exist_ok=True)
+        print(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} "
+              f"training images in {len(train.classes)} classes, step {first_step} of {config.steps}, "
+              f"{world} x {device}", flush=True)
+
+    # Compile, distribute
+    blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.diffusion.blocks]
+    flops = 3 * forward_flops(model, shown[:1], torch.zeros(1), shown[:1]) if device.type == "cuda" else 0
+    if config.compile and device.type == "cuda":
+        for block in blocks:
+            block.compile()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+
+    # Loop
+    data, began, seen = batches(stream, config, first_step, rank, world, device), time.time(), 0
+    for step in range(first_step, config.steps):
+        last = step == config.steps - 1
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+
+        # All processes draw the times of the whole batch, so that each knows how many tokens count.
+        u = torch.rand(config.batch, generator=seeded(config.seed, 4, step))
+        counts = group_of(u, architecture.num_groups) + 1
+        outputs = []
+        for part in range(config.accumulate):
+            images, _, places = next(data)
+            mine = places - step * config.batch                              # (micro,)
+            noise = torch.stack([torch.randn(images.shape[1:], device=device, generator=seeded(
+                config.seed, 5, int(place), device=device)) for place in places])
+            if world > 1:
+                ddp.require_backward_grad_sync = part == config.accumulate - 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                output = ddp(images, u[mine].to(device), noise)
+                losses = {"flow": output.flow_loss,
+                          "vq": output.vq_loss * (counts[mine].sum() / counts.sum() * config.batch / micro)}
+                if lpips is not None:
+                    losses["lpips"] = lpips(output.images, images)
+                if repa is not None:
+                    losses["repa"] = repa(output.repa, images)
+                loss = sum(weights[name] * value for name, value in losses.items())          # Eq. 7
+            (loss / config.accumulate).backward()
+            outputs.append(output)
+        gradient = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, config.ema)
+        use.update(torch.cat([output.tokens for output in outputs]))
+        if config.reseed_after:
+            use.reseed(config.reseed_after, outputs[-1].z.detach(), seeded(config.seed, 6, step, device=device),
+                       model.quantizer.codebook, ema.quantizer.codebook)
+        seen += config.batch
+
+        if master and ((step + 1) % config.log_every == 0 or last):
+            rate = seen / (time.time() - began)
+            write_log(config, step=step + 1, **{name: value.item() for name, value in losses.items()},
+                      gradient=gradient.item(), lr=learning_rate(step, config), images_per_s=rate,
+                      codebook=use.share(100), **utilisation(rate * flops / world))
+            began, seen = time.time(), 0
+        if master and ((step + 1) % config.eval_every == 0 or last):
+            psnr, picture = evaluate(ema, shown, config.seed)
+            picture.save(os.path.join(config.out, f"reconstructions_{step + 1:06d}.png"))
+            write_log(config, step=step + 1, psnr=psnr)
+        if master and ((step + 1) % config.save_every == 0 or last):
+            save_checkpoint(path, {"kind": "tokenizer", "config": asdict(architecture), "step": step + 1,
+                                   "model": model.state_dict(), "ema": ema.state_dict(),
+                                   "optimizer": optimizer.state_dict(), "idle": use.idle,
+                                   "classes": train.classes})
+    if master:
+        print(f"tokenizer: {path}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"train_tokenizer.py: {error}")
