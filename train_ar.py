@@ -9,6 +9,7 @@ below is a flag; the same command continues where it stopped. Results are in `ou
 carry the tokenizer.
 """
 import copy
+import hashlib
 import json
 import os
 import sys
@@ -112,8 +113,10 @@ def read_codes(folder: str, tokenizer: Tokenizer, views: Views, rank: int, world
     """Tokens (images * views, N) uint16, memory-mapped from a file in `folder` that the first call
     writes, each process its share."""
     path, done = os.path.join(folder, "codes.npy"), os.path.join(folder, "codes.json")
-    digest = float(sum(p.double().sum() for p in tokenizer.parameters()))
-    facts = {"tokenizer": digest, "images": len(views.source), "views": views.views}
+    digest = hashlib.sha256()
+    for value in tokenizer.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    facts = {"tokenizer": digest.hexdigest(), "images": len(views.source), "views": views.views}
     if not os.path.exists(done) or json.load(open(done)) != facts:
         if rank == 0:
             print(f"codes: writing {len(views):,} x {tokenizer.config.num_tokens} tokens", flush=True)

@@ -1,0 +1,582 @@
+"""Tests of everything that can be checked on a CPU without the network, in about a minute.
+
+    python test_shapes.py            or            python -m pytest test_shapes.py
+
+Small models in random weights, none of them zero, so that every path matters.
+"""
+import contextlib
+import io
+import math
+import os
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.attention.bias import causal_lower_right
+
+import model_ar
+import model_tokenizer as mt
+import sample
+import train_ar
+import train_tokenizer
+from model_ar import AR, SIZES, ARConfig, load_ar
+from model_tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig, load_tokenizer
+
+SMALL = TokenizerConfig(image_size=32, num_tokens=16, num_groups=4, codebook_size=64, patch_size=8,
+                        encoder_width=32, encoder_depth=2, decoder_width=64, decoder_depth=2,
+                        diffusion_width=96, diffusion_depth=3, diffusion_patch=4, head_dim=16,
+                        max_tokens=20, repa_depth=2, repa_hidden=24, repa_dim=12)
+SMALL_AR = ARConfig(depth=3, width=48, heads=3, num_tokens=16, vocab_size=64, num_classes=5, dropout=0.0)
+# Command lines of a training run that takes a second or two.
+TINY = ("--preset toy --steps 4 --batch 4 --encoder-depth 1 --decoder-depth 1 --diffusion-depth 1 "
+        "--codebook-size 32 --log-every 1 --eval-every 4 --save-every 2 --eval-images 4").split()
+TINY_AR = "--preset toy --steps 4 --batch 4 --log-every 1 --eval-every 4 --save-every 2 --eval-images 4".split()
+
+
+def randomised(model):
+    """The model with all weights drawn anew, so that no gate, bias or output layer is zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
+    return model.eval()
+
+
+def small_tokenizer(**changes) -> Tokenizer:
+    return randomised(Tokenizer(replace(SMALL, **changes)))
+
+
+def small_ar() -> AR:
+    return randomised(AR(SMALL_AR))
+
+
+def pictures(batch=2, size=32):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+def some_tokens(batch=2, count=16, vocabulary=64):
+    return torch.randint(vocabulary, (batch, count), generator=torch.Generator().manual_seed(3))
+
+
+def close(a, b, tolerance):
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert (a - b).abs().max() <= tolerance, f"differ by {(a - b).abs().max():.2e} > {tolerance:.0e}"
+
+
+def raises(kind, text, function, *args, **kwargs):
+    """Asserts that the call raises this kind of error with this text in its one line."""
+    try:
+        function(*args, **kwargs)
+    except kind as error:
+        assert text in str(error) and "\n" not in str(error), str(error)
+        return
+    raise AssertionError(f"no {kind.__name__} with {text!r}")
+
+
+def count_parameters(model_class, config) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model_class(config).parameters())
+
+
+def quietly(function, *args):
+    """Calls the function and returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        function(*args)
+    return out.getvalue()
+
+
+# ---- Sizes ---------------------------------------------------------------------------------------
+
+def test_tokenizer_has_the_papers_parameter_counts():
+    with torch.device("meta"):
+        model = Tokenizer(TOKENIZERS["paper"])
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert counts.pop("repa_head") == 7_344_896
+    assert sum(counts.values()) == 300_099_776
+    assert counts["diffusion"] == 185_129_664
+    assert sum(p.numel() for p in model.encoder.blocks.parameters()) == 56_717_312
+    assert sum(p.numel() for p in model.decoder.blocks.parameters()) == 56_717_312
+
+
+def test_light_tokenizer_has_113_million_parameters():
+    assert round(count_parameters(Tokenizer, TOKENIZERS["light"]) / 1e6) == 113
+
+
+def test_ar_sizes_have_the_papers_parameter_counts():
+    counts = {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672}
+    assert {name: count_parameters(AR, SIZES[name]) for name in counts} == counts
+
+
+# ---- The rules of time and groups ----------------------------------------------------------------
+
+def test_eight_steps_use_the_papers_times_and_each_group_once():
+    schedule = mt.sampling_schedule(8, 8, 2.0, 8)
+    expected = [0, .0667, .1429, .2308, .3333, .4545, .6, .7778, 1]
+    assert [round(step.t, 4) for step in schedule] + [schedule[-1].t_next] == expected
+    assert [step.group for step in schedule] == list(range(8))
+
+
+def test_first_group_gets_a_sixteenth_and_last_three_sixteenths_of_the_times():
+    groups = mt.group_of((torch.arange(16_000) + 0.5) / 16_000, 8)
+    assert torch.bincount(groups).tolist() == [1000] + [2000] * 6 + [3000]
+
+
+def test_group_of_floats_and_tensors_agree():
+    for groups in (1, 4, 8, 16):
+        grid = [i / 960 for i in range(960)]
+        assert mt.group_of(torch.tensor(grid), groups).tolist() == [mt.group_of(u, groups) for u in grid]
+
+
+def test_first_groups_only_ends_with_a_jump():
+    schedule = mt.sampling_schedule(8, 8, 2.0, 3)
+    assert [step.group for step in schedule] == [0, 1, 2] and schedule[-1].t_next == 1
+    for steps in (4, 12, 16):
+        groups = [step.group for step in mt.sampling_schedule(steps, 8, 2.0, 8)]
+        assert len(groups) == steps and groups == sorted(groups) and groups[-1] == (6 if steps == 4 else 7)
+
+
+def test_jump_along_the_true_velocity_lands_on_the_image():
+    x1, x0, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.9])
+    close(mt.jump(mt.interpolate(x1, x0, t), x1 - x0, t), x1, 1e-5)  # float32 rounding
+
+
+def test_adams_bashforth_is_exact_for_linear_velocities_and_euler_is_not():
+    def integrate(solver):
+        x, before = torch.zeros(1), None
+        for i in range(10):
+            v = torch.tensor([2.0 * i / 10])  # dx/dt = 2t, so that x(t) = t^2
+            x, before = mt.solver_step(x, v, before, mt.Step(i / 10, (i + 1) / 10, 0), solver), v
+        return x.item()
+    assert abs(integrate("adams2") - 0.99) < 1e-5  # only the first, Euler, step errs: by 0.1^2
+    assert abs(integrate("euler") - 0.9) < 1e-5
+
+
+# ---- Attention, rotation, patches ----------------------------------------------------------------
+
+def test_split_attention_equals_masked_attention():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 10 + 6, 8)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    mask[:10, :10] = True  # patches see all patches and no query; query i sees patches, queries <= i
+    close(mt.prefix_attention(q, k, v, causal_lower_right(6, 16)),
+          F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-6)
+    close(mt.prefix_attention(q[:, :, 10:], k[:, :, 10:], v[:, :, 10:], causal_lower_right(6, 6)),
+          F.scaled_dot_product_attention(q[:, :, 10:], k[:, :, 10:], v[:, :, 10:], is_causal=True), 1e-6)
+
+
+def test_rotated_products_depend_on_the_distance_of_patches_only():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 20, 16)
+    rope = mt.rope_2d(4, 5, 16, "cpu")
+    scores = (mt.rotate(q, rope) @ mt.rotate(k, rope).mT)[0, 0].view(4, 5, 4, 5)
+    close(scores[0, 1, 2, 3], scores[1, 2, 3, 4], 1e-5)  # both 2 rows and 2 columns apart
+    assert (scores[0, 0, 0, 1] - scores[0, 0, 1, 0]).abs() > 1e-3  # rows and columns differ
+
+
+def test_one_dimensional_rotation_equals_complex_multiplication():
+    x = torch.randn(1, 1, 6, 8)
+    angles = torch.arange(6)[:, None] / 10000 ** (torch.arange(4) / 4)
+    turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones(6, 4), angles)
+    close(model_ar.rotate(x, model_ar.rope_1d(6, 8, 10000.0)), torch.view_as_real(turned).flatten(-2), 1e-6)
+
+
+def test_patches_are_the_images_squares_in_reading_order():
+    images = torch.arange(2 * 3 * 8 * 12.0).view(2, 3, 8, 12)
+    patches, grid = mt.to_patches(images, 4)
+    assert grid == (2, 3) and patches.shape == (2, 6, 48)
+    assert torch.equal(patches[1, 4], images[1, :, 4:8, 4:8].flatten())  # channel, row, column
+
+
+# ---- The tokenizer -------------------------------------------------------------------------------
+
+def test_encoder_queries_are_causal():
+    model, images = small_tokenizer(), pictures()
+    with torch.no_grad():
+        before = model.encoder(images)
+        model.encoder.query_table[7] += 1
+        after = model.encoder(images)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert ((before[:, 7:] - after[:, 7:]).abs().amax(-1) > 1e-4).all()
+
+
+def test_causal_decoder_is_causal_and_prefixes_are_enough():
+    model, tokens = small_tokenizer(), some_tokens()
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 64
+    with torch.no_grad():
+        before, after = model.condition(tokens), model.condition(changed)
+        prefix = model.condition(tokens[:, :9])
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert ((before[:, 9:] - after[:, 9:]).abs().amax(-1) > 1e-4).all()
+    close(prefix, before[:, :9], 1e-5)  # another summation order
+
+
+def test_quantizer_takes_the_nearest_row_and_passes_gradients_straight_through():
+    quantizer = small_tokenizer().quantizer
+    z = torch.randn(2, 16, 8, requires_grad=True)
+    result = quantizer(z)
+    unit, rows = F.normalize(z, dim=-1), F.normalize(quantizer.codebook, dim=-1)
+    assert torch.equal(result.tokens, torch.cdist(unit, rows).argmin(-1))
+    close(result.codes, rows[result.tokens], 1e-6)
+    close(result.codes, quantizer.lookup(result.tokens), 1e-6)
+    weight = torch.randn(2, 16, 8)
+    through, = torch.autograd.grad((result.codes * weight).sum(), z, retain_graph=True)
+    direct, = torch.autograd.grad((unit * weight).sum(), z)
+    close(through, direct, 1e-6)
+    close(result.loss, 1.25 * (unit - rows[result.tokens]).pow(2).mean(-1), 1e-6)
+
+
+def test_quantizer_runs_in_float32_under_autocast():
+    quantizer, z = small_tokenizer().quantizer, torch.randn(64, 16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = quantizer(z)
+    assert result.codes.dtype == torch.float32 and torch.equal(result.tokens, quantizer(z).tokens)
+
+
+def test_training_losses_equal_a_second_computation():
+    model, images, noise = small_tokenizer(), pictures(3), torch.randn(3, 3, 32, 32)
+    u = torch.tensor([0.05, 0.4, 0.99])
+    output = model(images, u, noise)
+    tokens, vq, count, flow = model.encode(images), 0.0, 0, 0.0
+    for i in range(3):
+        group, t = mt.group_of(u[i].item(), 4), mt.shift_time(u[i].item(), 2.0)
+        x1 = 0.6 * images[i:i + 1]
+        xt = t * x1 + (1 - t) * noise[i:i + 1]
+        cond = model.condition(tokens[i:i + 1])[:, 4 * group:4 * group + 4]
+        v = model.diffusion(xt, torch.tensor([t]), cond)[0]
+        flow += ((v - (x1 - noise[i:i + 1])) ** 2).mean() / 0.36 / 3
+        close(output.images[i:i + 1], (xt + (1 - t) * v) / 0.6, 1e-4)  # codes took another route
+        length = 4 * (group + 1)
+        vq, count = vq + model.quantizer(model.encoder(images[i:i + 1])).loss[:, :length].sum(), count + length
+    close(output.flow_loss, flow, 1e-4 * flow)
+    close(output.vq_loss, vq / count, 1e-6)
+    assert output.repa.shape == (3, 16, 12) and torch.equal(output.tokens, tokens)
+
+
+def test_decoding_equals_the_sampler_written_out():
+    model, tokens, noise = small_tokenizer(), some_tokens(), torch.randn(2, 3, 32, 32)
+    times, before, x = [0, 1 / 7, 1 / 3, 3 / 5, 1], None, noise
+    with torch.no_grad():
+        for k in range(4):
+            cond = model.condition(tokens)[:, 4 * k:4 * k + 4]
+            v = model.diffusion(x, torch.full((2,), times[k]), cond)[0]
+            x = x + (times[k + 1] - times[k]) * (v if k == 0 else 1.5 * v - 0.5 * before)
+            before = v
+    close(model.decode(tokens, noise), x / 0.6, 1e-4)  # outputs of order 10
+
+
+def test_streamed_decoding_equals_whole_decoding():
+    model, tokens, noise = small_tokenizer(), some_tokens(), torch.randn(2, 3, 32, 32)
+    for solver in ("adams2", "euler"):
+        previews = list(model.stream(tokens.split(4, 1), noise, solver))
+        assert len(previews) == 4
+        close(previews[-1], model.decode(tokens, noise, solver=solver), 1e-4)
+    for groups in (1, 2, 3):  # an Euler preview is what decoding gives that ends with this group
+        close(previews[groups - 1], model.decode(tokens, noise, solver="euler", groups=groups), 1e-4)
+
+
+def test_partial_decoding_reads_no_later_token():
+    model, tokens, noise = small_tokenizer(), some_tokens(), torch.randn(2, 3, 32, 32)
+    whole = model.decode(tokens, noise, groups=2)
+    assert torch.equal(model.decode(tokens[:, :8], noise, groups=2), whole)
+    for steps in (3, 4, 6, 8):
+        assert model.decode(tokens, noise, steps=steps).shape == (2, 3, 32, 32)
+
+
+def test_tokenizer_takes_other_image_sizes():
+    model = small_tokenizer()
+    tokens = model.encode(pictures(2, 64))
+    assert tokens.shape == (2, 16)
+    assert model.decode(tokens, torch.randn(2, 3, 64, 64)).shape == (2, 3, 64, 64)
+
+
+def test_fresh_tokenizer_predicts_zero_velocity():
+    model = Tokenizer(SMALL)
+    assert model.diffusion(torch.randn(1, 3, 32, 32), torch.rand(1), torch.randn(1, 4, 64))[0].abs().max() == 0
+    close(model.quantizer.codebook.norm(dim=1), torch.ones(64), 1e-6)
+
+
+# ---- The autoregressive model --------------------------------------------------------------------
+
+def test_ar_model_is_causal_and_sees_the_class_first():
+    model, labels, tokens = small_ar(), torch.tensor([0, 5]), some_tokens()
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 64
+    with torch.no_grad():
+        before, after, other = model(labels, tokens), model(labels, changed), model(labels.flip(0), tokens)
+    assert before.shape == (2, 16, 64)
+    assert torch.equal(before[:, :10], after[:, :10])  # logits j come from the tokens before j
+    assert ((before[:, 10:] - after[:, 10:]).abs().amax(-1) > 1e-4).all()
+    assert ((before - other).abs().amax(-1) > 1e-4).all()
+
+
+def generate_without_cache(model, labels, cfg, prefix):
+    """Greedy generation that runs the whole sequence anew for each token."""
+    tokens = prefix
+    while tokens.shape[1] < 16:
+        padded = torch.cat([tokens, torch.zeros(len(labels), 1, dtype=torch.long)], 1)
+        logits = model(labels, padded)[:, -1]
+        if cfg is not None:
+            free = model(torch.full_like(labels, 5), padded)[:, -1]
+            scale = cfg[0] + (cfg[1] - cfg[0]) * tokens.shape[1] / 15
+            logits = free + scale * (logits - free)
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    return tokens
+
+
+def test_cached_generation_equals_uncached_generation():
+    model, labels = small_ar(), torch.tensor([0, 1, 4])
+    for cfg in (None, (1.5, 1.5), (1.1, 8.0)):
+        for kept in (0, 1, 5, 16):
+            prefix = some_tokens(3)[:, :kept]
+            with torch.no_grad():
+                expected = generate_without_cache(model, labels, cfg, prefix)
+            assert torch.equal(model.generate(labels, cfg, prefix, temperature=0.0), expected)
+
+
+def test_guidance_of_one_is_no_guidance():
+    model, labels = small_ar(), torch.tensor([2, 3])
+    torch.manual_seed(0)
+    free = model.generate(labels)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(labels, (1.0, 1.0)), free)
+
+
+def test_filters_keep_what_brute_force_keeps():
+    torch.manual_seed(0)
+    for row in torch.randn(20, 1, 40):
+        order = row[0].argsort(descending=True).tolist()
+        for k, p in ((5, 1.0), (0, 0.8), (10, 0.6)):
+            kept, total = order[:k] if k else list(order), 0.0
+            probabilities = row[0][kept].softmax(0).tolist()
+            if p < 1:
+                best, kept = kept, []
+                for token, probability in zip(best, probabilities):
+                    kept, total = kept + [token], total + probability
+                    if total > p:
+                        break
+            found = model_ar.filter_logits(row, k, p)[0].isfinite().nonzero().flatten().tolist()
+            assert found == sorted(kept)
+
+
+def test_draws_have_the_models_distribution():
+    torch.manual_seed(0)
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    counts = torch.bincount(model_ar.draw(logits.expand(40_000, 4), 2.0, 0, 1.0), minlength=4)
+    close(counts / 40_000, (logits / 2).softmax(0), 0.01)  # four standard deviations
+    assert model_ar.draw(logits[None], 0.0, 0, 1.0).item() == 0
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+def test_built_in_pictures_are_a_function_of_their_number():
+    train, held_out = train_tokenizer.open_data("shapes", 32)
+    assert np.array_equal(train[7][0], train_tokenizer.Shapes(5, 10, 32)[2][0])
+    assert train[7][1] == train.label(7) == 7 and len(train.classes) == 10
+    assert train.first + len(train) <= held_out.first  # no picture in both
+    assert not np.array_equal(train[7][0], train[17][0])
+
+
+def make_folder(root, per_class=3):
+    """A tiny data set in class folders, one picture each in grey, CMYK, palette and with alpha."""
+    for name in ("b_cat", "a_dog"):
+        os.makedirs(os.path.join(root, name))
+        for i in range(per_class):
+            mode, ending = [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png")][i % 5]
+            noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(noise).convert(mode).save(os.path.join(root, name, f"{i}.{ending}"))
+
+
+def test_folders_are_read_in_sorted_order_and_any_mode():
+    with tempfile.TemporaryDirectory() as root:
+        make_folder(root, 5)
+        data = train_tokenizer.Folder(root)
+        assert data.classes == ["a_dog", "b_cat"] and [data.label(i) for i in range(10)] == [0] * 5 + [1] * 5
+        assert all(data[i][0].mode == "RGB" for i in range(10))
+        train, held_out = train_tokenizer.open_data(root, 32)
+        assert len(train) == 9 and len(held_out) == 1 and held_out.items[0] not in train.items
+        raises(ValueError, "no images", train_tokenizer.Folder, os.path.join(root, "a_dog"))
+
+
+def test_crops_have_the_right_size_and_views_are_mirrored():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70, 3), dtype=np.uint8))
+    rng = np.random.default_rng(0)
+    assert all(train_tokenizer.random_crop(image, 32, 1.25, True, rng).size == (32, 32) for _ in range(20))
+    assert mt.center_crop(image, 32).size == (32, 32)
+    for views in (2, 10):
+        crops = [np.array(train_ar.crop_view(image, 32, view, views)) for view in range(views)]
+        assert all(np.array_equal(crops[i][:, ::-1], crops[i + 1]) for i in range(0, views, 2))
+        assert len({crop.tobytes() for crop in crops}) == views
+
+
+def test_an_epoch_shows_each_item_once_and_a_position_always_the_same():
+    shuffle = train_tokenizer.Shuffle(10, 0)
+    order = [shuffle[i] for i in range(20)]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
+    assert train_tokenizer.Shuffle(10, 0)[13] == order[13]
+
+
+def test_processes_share_the_positions_of_a_step():
+    config = train_tokenizer.TrainConfig(batch=8, steps=6)
+    for step in (4, 5):
+        shares = [train_tokenizer.positions(config, 4, rank, 2)[4 * (step - 4):][:4] for rank in (0, 1)]
+        assert shares[0] + shares[1] == list(range(8 * step, 8 * step + 8))
+
+
+def test_pixels_survive_the_way_to_tensors_and_back():
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    assert np.array_equal(mt.to_uint8(mt.to_tensor(Image.fromarray(pixels))[None])[0], pixels)
+    assert mt.image_grid(pictures(5), 3, 2).size == (3 * 64 + 4, 2 * 64 + 2)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+def test_learning_rate_warms_up_stays_and_falls():
+    config = train_tokenizer.TrainConfig(steps=100, lr=1.0, lr_final=0.1, warmup_steps=10, decay_steps=50)
+    rates = [train_tokenizer.learning_rate(step, config) for step in (0, 9, 50, 75, 100)]
+    close(torch.tensor(rates), torch.tensor([0.1, 1.0, 1.0, 0.55, 0.1]), 1e-6)
+
+
+def test_unused_codebook_rows_are_reseeded():
+    use = train_tokenizer.CodebookUse(4, "cpu")
+    for _ in range(3):
+        use.update(torch.tensor([[0, 1]]))
+    assert use.idle.tolist() == [0, 0, 3, 3] and use.share(2) == 0.5
+    first, second = torch.zeros(4, 8), torch.ones(4, 8)
+    z = torch.randn(2, 3, 8)
+    use.reseed(3, z, torch.Generator().manual_seed(0), first, second)
+    assert first[:2].abs().max() == 0 and (second[:2] == 1).all()
+    distances = torch.cdist(first[2:], F.normalize(z.flatten(0, 1), dim=-1))
+    assert distances.min(1).values.max() < 1e-3  # cdist's own rounding
+    assert torch.equal(first[2:], second[2:]) and use.idle.tolist() == [0, 0, 0, 0]
+
+
+def test_averaged_weights_follow_the_models():
+    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * ema.weight.detach() + 0.1 * model.weight.detach()
+    train_tokenizer.update_ema(ema, model, 0.9)
+    close(ema.weight.detach(), expected, 1e-6)
+
+
+def test_counted_operations_are_close_to_the_rule_of_thumb():
+    model = AR(replace(SMALL_AR, width=192))
+    count = train_tokenizer.forward_flops(model, torch.tensor([0]), some_tokens(1))
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) + model.head.weight.numel()
+    assert 1 < count / (2 * 16 * matrices) < 1.2  # two a weight and token, and attention
+
+
+def test_a_run_from_images_to_samples_and_its_resumption():
+    with tempfile.TemporaryDirectory() as root:
+        tokenizer, ar = os.path.join(root, "tokenizer"), os.path.join(root, "ar")
+        quietly(train_tokenizer.main, TINY + ["--out", tokenizer])
+        assert "lpips" not in sys.modules  # its weight is 0
+        saved = torch.load(os.path.join(tokenizer, "last.pt"), weights_only=True)
+        assert saved["step"] == 4 and os.path.exists(os.path.join(tokenizer, "reconstructions_000004.png"))
+
+        # Interrupted after two steps, then continued: the same weights, bit for bit.
+        halves = os.path.join(root, "halves")
+        original, train_tokenizer.evaluate = train_tokenizer.evaluate, None  # stops the run at step 4
+        try:
+            quietly(train_tokenizer.main, TINY + ["--out", halves])
+        except TypeError:
+            pass
+        train_tokenizer.evaluate = original
+        assert torch.load(os.path.join(halves, "last.pt"), weights_only=True)["step"] == 2
+        assert "step 2 of 4" in quietly(train_tokenizer.main, TINY + ["--out", halves])
+        resumed = torch.load(os.path.join(halves, "last.pt"), weights_only=True)
+        for part in ("model", "ema"):
+            assert all(torch.equal(saved[part][name], value) for name, value in resumed[part].items())
+
+        # Split into two backward passes: the same step up to rounding.
+        quietly(train_tokenizer.main, TINY + ["--out", os.path.join(root, "parts"), "--accumulate", "2"])
+        parts = load_tokenizer(os.path.join(root, "parts", "last.pt")).state_dict()
+        for name, value in load_tokenizer(os.path.join(tokenizer, "last.pt")).state_dict().items():
+            close(parts[name], value, 2e-5)  # Adam turns rounding into steps of up to lr = 1e-3
+
+        train_ar.open_data = lambda data, size: (train_tokenizer.Shapes(0, 30, size),
+                                                 train_tokenizer.Shapes(100, 4, size))
+        options = TINY_AR + ["--tokenizer", os.path.join(tokenizer, "last.pt"), "--out", ar,
+                             "--codes", os.path.join(root, "codes")]
+        quietly(train_ar.main, options)
+        train_ar.open_data = train_tokenizer.open_data
+        codes = np.load(os.path.join(root, "codes", "codes.npy"))
+        assert codes.shape == (30, 32) and codes.dtype == np.uint16 and codes.max() < 32
+        checkpoint = os.path.join(ar, "last.pt")
+        assert torch.equal(load_tokenizer(checkpoint).quantizer.codebook,
+                           load_tokenizer(os.path.join(tokenizer, "last.pt")).quantizer.codebook)
+
+        grid = os.path.join(root, "grid.png")
+        for options in (["--cfg", "1.1:3"], ["--cfg", "2", "--labels", "heart,3", "--top-k", "5"]):
+            quietly(sample.main, ["--ckpt", checkpoint, "--num", "4", "--out", grid] + options)
+            assert Image.open(grid).size[1] >= 64
+        images = [Image.open(grid).tobytes()]
+        quietly(sample.main, ["--ckpt", checkpoint, "--num", "4", "--out", grid] + options)
+        assert Image.open(grid).tobytes() == images[0]  # the same seed, the same picture
+        raises(ValueError, "no class 'dog'", sample.main, ["--ckpt", checkpoint, "--labels", "dog"])
+        raises(ValueError, "--cfg must be", sample.main, ["--ckpt", checkpoint, "--cfg", "a:b"])
+        raises(ValueError, "not a checkpoint", load_ar, os.path.join(tokenizer, "last.pt"))
+
+
+# ---- Mistakes and files --------------------------------------------------------------------------
+
+def test_mistakes_get_one_clear_line():
+    raises(FileNotFoundError, "no folder nowhere", train_tokenizer.main, ["--data", "nowhere"])
+    raises(ValueError, "cannot be split", train_tokenizer.main, ["--preset", "toy", "--batch", "5",
+                                                                 "--accumulate", "2"])
+    raises(ValueError, "multiple of num_groups", train_tokenizer.main, ["--num-groups", "7"])
+    raises(ValueError, "--size must be one of", train_ar.main, ["--size", "S"])
+    raises(FileNotFoundError, "no checkpoint at", train_ar.main, ["--tokenizer", "nowhere.pt"])
+    raises(FileNotFoundError, "no checkpoint at", sample.main, ["--ckpt", "nowhere.pt"])
+    model, tokens = small_tokenizer(), some_tokens()
+    raises(ValueError, "solver must be", model.decode, tokens, solver="heun")
+    raises(ValueError, "1 <= groups <= 4", model.decode, tokens, groups=5)
+    raises(ValueError, "tokens must be (B, n) with 16", model.decode, tokens[:, :8])
+    raises(ValueError, "noise must be (2, 3", model.decode, tokens, torch.zeros(3, 3, 32, 32))
+    raises(ValueError, "labels must be in", small_ar().generate, torch.tensor([6]))
+    raises(ValueError, "prefix must be", small_ar().generate, torch.tensor([1]), None, some_tokens(2))
+
+
+def test_checkpoints_are_whole_or_refused():
+    with tempfile.TemporaryDirectory() as root:
+        path, model = os.path.join(root, "t.pt"), small_tokenizer()
+        mt.save_checkpoint(path, mt.pack_tokenizer(model))
+        images, noise = pictures(), torch.randn(2, 3, 32, 32)
+        loaded = load_tokenizer(path)
+        assert torch.equal(loaded.decode(loaded.encode(images), noise),
+                           model.decode(model.encode(images), noise))
+        assert os.listdir(root) == ["t.pt"]
+        raises(ValueError, "is not a checkpoint", load_ar, path)
+        with open(path, "rb") as file:
+            half = file.read(os.path.getsize(path) // 2)
+        with open(path, "wb") as file:
+            file.write(half)
+        raises(ValueError, "cannot be read", load_tokenizer, path)
+
+
+def test_importing_does_nothing():
+    assert not any(name in sys.modules for name in ("lpips", "torchvision"))
+
+
+def main():
+    tests = [(name, test) for name, test in globals().items() if name.startswith("test_")]
+    failed = 0
+    for name, test in sorted(tests, key=lambda item: item[0] != "test_importing_does_nothing"):
+        began = time.time()
+        try:
+            test()
+            print(f"ok      {time.time() - began:5.1f}s  {name}", flush=True)
+        except Exception:
+            failed += 1
+            print(f"FAILED  {name}\n{traceback.format_exc()}", flush=True)
+    print(f"{len(tests) - failed} passed, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
