@@ -17,6 +17,7 @@ authors' public release.
 """
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Iterable, Iterator, NamedTuple
 
@@ -49,6 +50,7 @@ class TokenizerConfig:
     max_tokens: int = 1024       # rows in the query and position tables (released code)
     sigma: float = 0.6           # standard deviation the data is scaled by (released code)
     beta: float = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
+    init_std: float = 0.02       # of linear weights and positions (released code)
     repa_depth: int = 8          # the REPA head reads after this many diffusion blocks; 0: no head
     repa_dim: int = 768          # width of the DINOv2-B features the head predicts
     repa_hidden: int = 2048      # width of the head's hidden layers (released code)
@@ -77,11 +79,12 @@ TOKENIZERS = {
     # none after the paper's REPA tap at 8, so the head reads after block 6.
     "light": TokenizerConfig(encoder_width=512, decoder_width=512, diffusion_width=512,
                              diffusion_depth=8, repa_depth=6),
-    # For the built-in 32-pixel pictures: 8 groups of 4 tokens, trained on a CPU in minutes.
-    "toy": TokenizerConfig(image_size=32, num_tokens=32, codebook_size=256, patch_size=4,
+    # For the built-in 32-pixel pictures: 8 groups of 4 tokens, trained on a CPU in minutes. At width
+    # 96, linear layers that start at 0.02 pass so little on that the tokens stay empty for long.
+    "toy": TokenizerConfig(image_size=32, num_tokens=32, codebook_size=512, patch_size=8,
                            encoder_width=96, encoder_depth=3, decoder_width=96, decoder_depth=2,
                            diffusion_width=96, diffusion_depth=4, diffusion_patch=4, head_dim=32,
-                           max_tokens=32, repa_depth=0)}
+                           max_tokens=32, init_std=0.06, repa_depth=0)}
 
 
 # ---- The rules: time, groups, interpolation ------------------------------------------------------
@@ -429,11 +432,11 @@ class Tokenizer(nn.Module):
         """All initialisation (released code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=self.config.init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.encoder.query_table, std=1.0)
-        nn.init.trunc_normal_(self.decoder.positions, std=0.02)
+        nn.init.trunc_normal_(self.decoder.positions, std=self.config.init_std)
         nn.init.normal_(self.quantizer.codebook)
         with torch.no_grad():
             self.quantizer.codebook.copy_(F.normalize(self.quantizer.codebook, dim=-1))
@@ -538,7 +541,7 @@ class Tokenizer(nn.Module):
             yield (x if step is schedule[-1] else preview) / config.sigma
 
 
-# ---- Pixels and files ----------------------------------------------------------------------------
+# ---- Pixels, files, scripts ----------------------------------------------------------------------
 
 def to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
@@ -632,3 +635,12 @@ def load_tokenizer(path: str, device="cpu") -> Tokenizer:
     checkpoint of train_ar.py carries; in eval mode. Raises FileNotFoundError and ValueError."""
     saved = load_checkpoint(path, "")
     return unpack_tokenizer(saved.get("tokenizer", saved), path).to(device)
+
+
+def run(main):
+    """Calls a script's main; a user's mistake ends it with one line, printed by the first process."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        first = os.environ.get("RANK", "0") == "0"
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}" if first else 1)

@@ -8,13 +8,12 @@ The checkpoint of train_ar.py carries its tokenizer. Writes one picture, a grid 
 import argparse
 import glob
 import os
-import sys
 
 import torch
 from torch import Tensor
 
 from model_ar import AR, load_ar
-from model_tokenizer import Tokenizer, image_grid, load_checkpoint, load_tokenizer
+from model_tokenizer import Tokenizer, image_grid, load_checkpoint, load_tokenizer, run
 
 
 def parse_cfg(text: str) -> tuple[float, float] | None:
@@ -88,7 +87,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"sample.py: {error}")
+    run(main)

@@ -12,7 +12,6 @@ import copy
 import hashlib
 import json
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -26,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model_ar import AR, SIZES, ARConfig
 from model_tokenizer import (Tokenizer, build_config, center_crop, image_grid, load_checkpoint,
-                             load_tokenizer, pack_tokenizer, resize_shorter, save_checkpoint, to_tensor)
+                             load_tokenizer, pack_tokenizer, resize_shorter, run, save_checkpoint,
+                             to_tensor)
 from train_tokenizer import (Shuffle, forward_flops, join_processes, learning_rate, local_batch,
                              open_data, parse_config, positions, seeded, update_ema, utilisation,
                              write_log)
@@ -57,6 +57,7 @@ class TrainConfig:
     class_dropout: float = 0.1       # share of labels replaced by the null class (RandAR)
     cfg_start: float = 1.1           # guidance of the pictures at the first token (App. II)
     cfg_end: float = 8.0             # guidance of the pictures at the last token (App. II)
+    workers: int = 8                 # processes that load images while their tokens are written
     compile: bool = True             # torch.compile the transformer blocks; CUDA only
     seed: int = 0
     log_every: int = 100             # steps between log lines
@@ -69,7 +70,7 @@ PRESETS = {
     "paper": (TrainConfig(),),
     "toy": (TrainConfig(data="shapes", size="toy", views=1, steps=800, batch=64, lr=2e-3, lr_final=1e-4,
                         warmup_steps=50, decay_steps=500, ema=0.98, dropout=0.0, cfg_end=3.0,
-                        eval_every=400, save_every=200),)}
+                        workers=0, eval_every=400, save_every=200),)}
 
 
 # ---- Codes: the tokens of all images -------------------------------------------------------------
@@ -101,15 +102,16 @@ class Views(torch.utils.data.Dataset):
         return to_tensor(crop_view(image, self.size, i % self.views, self.views))
 
 
-def encode_all(tokenizer: Tokenizer, views: Views, first: int, last: int, device) -> np.ndarray:
+def encode_all(tokenizer: Tokenizer, views: Views, first: int, last: int, workers: int) -> np.ndarray:
     """Tokens (last - first, N) uint16 of items first ... last - 1, in float32."""
-    part = torch.utils.data.Subset(views, range(first, last))
-    loader = torch.utils.data.DataLoader(part, 128, num_workers=8 if device.type == "cuda" else 0)
-    tokens = [tokenizer.encode(images.to(device)).cpu().numpy().astype(np.uint16) for images in loader]
-    return np.concatenate(tokens) if tokens else np.zeros((0, tokenizer.config.num_tokens), np.uint16)
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(views, range(first, last)), 128,
+                                         num_workers=workers)
+    device, tokens = tokenizer.quantizer.codebook.device, np.zeros((0, tokenizer.config.num_tokens))
+    parts = [tokenizer.encode(images.to(device)).cpu().numpy() for images in loader]
+    return np.concatenate([tokens] + parts).astype(np.uint16)
 
 
-def read_codes(folder: str, tokenizer: Tokenizer, views: Views, rank: int, world: int, device):
+def read_codes(folder: str, tokenizer: Tokenizer, views: Views, workers: int, rank: int, world: int):
     """Tokens (images * views, N) uint16, memory-mapped from a file in `folder` that the first call
     writes, each process its share."""
     path, done = os.path.join(folder, "codes.npy"), os.path.join(folder, "codes.json")
@@ -126,7 +128,7 @@ def read_codes(folder: str, tokenizer: Tokenizer, views: Views, rank: int, world
             dist.barrier()
         first, last = (len(views) * r // world for r in (rank, rank + 1))
         codes = np.load(path, mmap_mode="r+")
-        codes[first:last] = encode_all(tokenizer, views, first, last, device)
+        codes[first:last] = encode_all(tokenizer, views, first, last, workers)
         codes.flush()
         if world > 1:
             dist.barrier()
@@ -179,12 +181,12 @@ def main(argv: list[str] | None = None):
     tokenizer = load_tokenizer(config.tokenizer, device)
     train, held_out = open_data(config.data, tokenizer.config.image_size)
     views = Views(train, tokenizer.config.image_size, config.views)
-    codes = read_codes(config.codes, tokenizer, views, rank, world, device)  # (images * views, N)
+    codes = read_codes(config.codes, tokenizer, views, config.workers, rank, world)
     train_labels = np.array([train.label(i) for i in range(len(train))])
     count = min(config.eval_images, len(held_out))
     val_labels = torch.tensor([held_out.label(i) for i in range(count)], device=device)
-    val_tokens = torch.from_numpy(encode_all(
-        tokenizer, Views(held_out, tokenizer.config.image_size, 1), 0, count, device).astype(np.int64)).to(device)
+    val_tokens = encode_all(tokenizer, Views(held_out, views.size, 1), 0, count, config.workers)
+    val_tokens = torch.from_numpy(val_tokens.astype(np.int64)).to(device)    # (count, N)
 
     # Model and its running average
     architecture = replace(SIZES[config.size], num_tokens=tokenizer.config.num_tokens,
@@ -219,14 +221,14 @@ def main(argv: list[str] | None = None):
               f"{world} x {device}", flush=True)
 
     # Compile, distribute
-    flops = 3 * forward_flops(model, val_labels[:1], val_tokens[:1]) if device.type == "cuda" else 0
+    flops = 3 * forward_flops(AR, architecture, val_labels[:1], val_tokens[:1])
     if config.compile and device.type == "cuda":
         for block in model.blocks:
             block.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # Loop
-    places = iter(positions(config, first_step, rank, world))
+    places = positions(config, first_step, rank, world)
     shuffle, began, seen = Shuffle(len(train), config.seed), time.time(), 0
     for step in range(first_step, config.steps):
         last = step == config.steps - 1
@@ -278,7 +280,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"train_ar.py: {error}")
+    run(main)

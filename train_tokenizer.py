@@ -14,7 +14,6 @@ import copy
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Iterator
@@ -26,10 +25,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from model_tokenizer import (TOKENIZERS, Tokenizer, TokenizerConfig, build_config, center_crop,
-                             group_of, image_grid, load_checkpoint, resize_shorter, save_checkpoint,
-                             to_tensor)
+                             group_of, image_grid, load_checkpoint, resize_shorter, run,
+                             save_checkpoint, to_tensor)
 
 
 @dataclass
@@ -68,8 +68,8 @@ class TrainConfig:
 PRESETS = {  # name: (settings of the run, architecture)
     "paper": (TrainConfig(), TOKENIZERS["paper"]),
     "light": (TrainConfig(steps=50_000, batch=256), TOKENIZERS["light"]),  # App. III
-    "toy": (TrainConfig(data="shapes", steps=2000, batch=32, lr=1e-3, lr_final=1e-4, warmup_steps=50,
-                        decay_steps=1000, ema=0.99, lpips=0.0, repa=0.0, reseed_after=20,
+    "toy": (TrainConfig(data="shapes", steps=4000, batch=16, lr=2e-3, lr_final=1e-4, warmup_steps=50,
+                        decay_steps=2500, ema=0.995, lpips=0.0, repa=0.0, reseed_after=20,
                         resize_max=1.0, flip=False, workers=0, eval_every=500, save_every=500,
                         eval_images=200),
             TOKENIZERS["toy"])}
@@ -144,12 +144,10 @@ def utilisation(flops_per_second: float) -> dict:
     return {"mfu": flops_per_second / peak for gpu, peak in peaks.items() if gpu in name}
 
 
-def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
+def forward_flops(model_class, config, *inputs: Tensor) -> int:
     """Floating-point operations of one forward pass on inputs of batch 1, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-    model = copy.deepcopy(model).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        model(*(value.to("meta") for value in inputs))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model_class(config)(*(value.to("meta") for value in inputs))
     return counter.get_total_flops()
 
 
@@ -297,11 +295,12 @@ class Stream(torch.utils.data.Dataset):
         return to_tensor(crop), label, position
 
 
-def positions(config, first_step: int, rank: int, world: int) -> list[int]:
+def positions(config, first_step: int, rank: int, world: int) -> Iterator[int]:
     """Stream positions of this process from `first_step` to the end of the run."""
     share = config.batch // world
-    return [step * config.batch + rank * share + i
-            for step in range(first_step, config.steps) for i in range(share)]
+    for step in range(first_step, config.steps):
+        first = step * config.batch + rank * share
+        yield from range(first, first + share)
 
 
 def batches(stream: Stream, config, first_step: int, rank: int, world: int, device) -> Iterator:
@@ -454,7 +453,7 @@ def main(argv: list[str] | None = None):
 
     # Compile, distribute
     blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.diffusion.blocks]
-    flops = 3 * forward_flops(model, shown[:1], torch.zeros(1), shown[:1]) if device.type == "cuda" else 0
+    flops = 3 * forward_flops(Tokenizer, architecture, shown[:1], torch.zeros(1), shown[:1])
     if config.compile and device.type == "cuda":
         for block in blocks:
             block.compile()
@@ -512,8 +511,7 @@ def main(argv: list[str] | None = None):
         if master and ((step + 1) % config.save_every == 0 or last):
             save_checkpoint(path, {"kind": "tokenizer", "config": asdict(architecture), "step": step + 1,
                                    "model": model.state_dict(), "ema": ema.state_dict(),
-                                   "optimizer": optimizer.state_dict(), "idle": use.idle,
-                                   "classes": train.classes})
+                                   "optimizer": optimizer.state_dict(), "idle": use.idle})
     if master:
         print(f"tokenizer: {path}")
     if dist.is_initialized():
@@ -521,7 +519,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"train_tokenizer.py: {error}")
+    run(main)
