@@ -15,6 +15,7 @@ d head width, h heads. Images are RGB in [-1, 1]. Flow time t: t = 0 is noise, t
 u is the time before the shift of Eq. 8. "Sec." and "Eq." are the paper's; "released code" is the
 authors' public release.
 """
+import functools
 import math
 import os
 import sys
@@ -174,6 +175,10 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
+# Kept, as it is the same in every call; made outside compiled code, where making it fails.
+causal_bias = functools.cache(causal_lower_right)
+
+
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, bias: CausalBias) -> Tensor:
     """Attention over [prefix, sequence]: the prefix sees the prefix, position i of the sequence sees
     the prefix and positions up to i. Two calls without a mask in memory, both fit for flash kernels.
@@ -271,7 +276,7 @@ class Encoder(nn.Module):
         patches = layer_norm(self.from_pixels(patches))                      # (B, L, D)
         queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
         x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)     # (B, L + N, D)
-        bias = causal_lower_right(self.num_tokens, x.shape[1])               # queries are causal
+        bias = causal_bias(self.num_tokens, x.shape[1])               # queries are causal
         for block in self.blocks:
             x = block(x, rope, bias)
         return self.to_code(layer_norm(x[:, -self.num_tokens:]))             # (B, N, 8)
@@ -322,7 +327,7 @@ class CausalDecoder(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         n = codes.shape[1]
         x = self.from_code(codes) + self.positions[:n]                       # (B, n, D)
-        bias = causal_lower_right(n, n)
+        bias = causal_bias(n, n)
         for block in self.blocks:
             x = block(x, None, bias)
         return layer_norm(x)

@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None):
 
     # Processes
     rank, world, device = join_processes()
-    master, micro = rank == 0, local_batch(config, world)
+    master, on_gpu, micro = rank == 0, device.type == "cuda", local_batch(config, world)
 
     # Data: the tokens of all images
     tokenizer = load_tokenizer(config.tokenizer, device)
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None):
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
                                   lr=config.lr, betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, fused=device.type == "cuda")
+                                  weight_decay=config.weight_decay, fused=on_gpu)
 
     # Resume
     path, first_step = os.path.join(config.out, "last.pt"), 0
@@ -221,8 +221,8 @@ def main(argv: list[str] | None = None):
               f"{world} x {device}", flush=True)
 
     # Compile, distribute
-    flops = 3 * forward_flops(AR, architecture, val_labels[:1], val_tokens[:1])
-    if config.compile and device.type == "cuda":
+    flops = 3 * forward_flops(model, val_labels[:1], val_tokens[:1]) if on_gpu else 0
+    if config.compile and on_gpu:
         for block in model.blocks:
             block.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None):
             labels = labels.masked_fill(dropped, architecture.num_classes)   # the null class
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 loss, accuracy = token_loss(ddp, labels, tokens)
             (loss / config.accumulate).backward()
         gradient = nn.utils.clip_grad_norm_(model.parameters(), config.clip)

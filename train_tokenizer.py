@@ -144,10 +144,11 @@ def utilisation(flops_per_second: float) -> dict:
     return {"mfu": flops_per_second / peak for gpu, peak in peaks.items() if gpu in name}
 
 
-def forward_flops(model_class, config, *inputs: Tensor) -> int:
-    """Floating-point operations of one forward pass on inputs of batch 1, counted on the meta device."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model_class(config)(*(value.to("meta") for value in inputs))
+def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
+    """Floating-point operations of one forward pass on inputs of batch 1."""
+    model(*inputs)  # makes the attention biases, which cannot be made under the counter
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
     return counter.get_total_flops()
 
 
@@ -414,7 +415,7 @@ def main(argv: list[str] | None = None):
 
     # Processes
     rank, world, device = join_processes()
-    master, micro = rank == 0, local_batch(config, world)
+    master, on_gpu, micro = rank == 0, device.type == "cuda", local_batch(config, world)
 
     # Data
     train, held_out = open_data(config.data, architecture.image_size)
@@ -433,7 +434,7 @@ def main(argv: list[str] | None = None):
 
     # Optimizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, fused=device.type == "cuda")
+                                  weight_decay=config.weight_decay, fused=on_gpu)
 
     # Resume
     path, first_step = os.path.join(config.out, "last.pt"), 0
@@ -453,8 +454,8 @@ def main(argv: list[str] | None = None):
 
     # Compile, distribute
     blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.diffusion.blocks]
-    flops = 3 * forward_flops(Tokenizer, architecture, shown[:1], torch.zeros(1), shown[:1])
-    if config.compile and device.type == "cuda":
+    flops = 3 * forward_flops(model, shown[:1], shown.new_zeros(1), shown[:1]) if on_gpu else 0
+    if config.compile and on_gpu:
         for block in blocks:
             block.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -477,7 +478,7 @@ def main(argv: list[str] | None = None):
                 config.seed, 5, int(place), device=device)) for place in places])
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 output = ddp(images, u[mine].to(device), noise)
                 losses = {"flow": output.flow_loss,
                           "vq": output.vq_loss * (counts[mine].sum() / counts.sum() * config.batch / micro)}
