@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None):
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
                                   lr=config.lr, betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, fused=on_gpu)
+                                  weight_decay=config.weight_decay, fused=True)
 
     # Resume
     path, first_step = os.path.join(config.out, "last.pt"), 0

@@ -68,9 +68,9 @@ class TrainConfig:
 PRESETS = {  # name: (settings of the run, architecture)
     "paper": (TrainConfig(), TOKENIZERS["paper"]),
     "light": (TrainConfig(steps=50_000, batch=256), TOKENIZERS["light"]),  # App. III
-    "toy": (TrainConfig(data="shapes", steps=4000, batch=16, lr=2e-3, lr_final=1e-4, warmup_steps=50,
-                        decay_steps=2500, ema=0.995, lpips=0.0, repa=0.0, reseed_after=20,
-                        resize_max=1.0, flip=False, workers=0, eval_every=500, save_every=500,
+    "toy": (TrainConfig(data="shapes", steps=2400, batch=32, lr=2e-3, lr_final=1e-4, warmup_steps=50,
+                        decay_steps=1200, ema=0.99, lpips=0.0, repa=0.0, reseed_after=20,
+                        resize_max=1.0, flip=False, workers=0, eval_every=400, save_every=400,
                         eval_images=200),
             TOKENIZERS["toy"])}
 
@@ -155,10 +155,10 @@ def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
 # ---- Data ----------------------------------------------------------------------------------------
 
 class Shapes:
-    """The built-in data: 32-pixel pictures of one shape each, drawn by code. Picture i is a function
-    of i alone and shows class i mod 10; colours, place and size vary."""
-    classes = ["circle", "ring", "square", "triangle", "cross", "star", "heart", "moon", "arrow",
-               "hourglass"]
+    """The built-in data: pictures of one shape each, drawn by code. Picture i is a function of i alone
+    and shows class i mod 10; colours, place and size vary."""
+    classes = ["circle", "ring", "moon", "cross", "x", "triangle", "heart", "hourglass", "stripes",
+               "checkers"]
 
     def __init__(self, first: int, count: int, size: int):
         self.first, self.count, self.size = first, count, size
@@ -171,13 +171,13 @@ class Shapes:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         rng, label = np.random.default_rng((0, self.first + i)), self.label(i)
-        shape = colorsys.hsv_to_rgb(rng.integers(8) / 8 + rng.uniform(0, 0.03), 0.9, rng.uniform(0.8, 1))
-        ground = colorsys.hsv_to_rgb(rng.random(), 0.15, rng.choice([0.1, 0.95]) + rng.uniform(-.05, .05))
+        shape = colorsys.hsv_to_rgb(rng.integers(6) / 6 + rng.uniform(0, 0.03), 0.85, rng.uniform(0.85, 1))
+        ground = colorsys.hsv_to_rgb(rng.random(), 0.4, rng.uniform(0.05, 0.25))
         shape, ground = (tuple(int(255 * c) for c in colour) for colour in (shape, ground))
         unit = 4 * self.size / 32  # drawn 4 times larger, then averaged
         picture = Image.new("RGB", (4 * self.size,) * 2, ground)
-        self.draw(self.classes[label], ImageDraw.Draw(picture), *(unit * (16 + rng.uniform(-2, 2, 2))),
-                  unit * rng.uniform(9.5, 11.5), shape, ground)
+        self.draw(self.classes[label], ImageDraw.Draw(picture), *(unit * (16 + rng.uniform(-1, 1, 2))),
+                  unit * rng.uniform(11.5, 13), shape, ground)
         return picture.resize((self.size,) * 2, Image.Resampling.BOX), label
 
     @staticmethod
@@ -189,30 +189,35 @@ class Shapes:
         def polygon(*corners):
             pen.polygon([(x + r * a, y + r * b) for a, b in corners], shape)
 
+        def box(left, top, right, bottom):
+            polygon((left, top), (right, top), (right, bottom), (left, bottom))
+
         if name in ("circle", "ring", "moon"):
             disc(0, 0, r, shape)
             if name == "ring":
-                disc(0, 0, 0.55 * r, ground)
+                disc(0, 0, 0.6 * r, ground)
             if name == "moon":
                 disc(0.5 * r, -0.25 * r, 0.8 * r, ground)
-        elif name == "square":
-            polygon((-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85))
-        elif name == "triangle":
-            polygon((0, -1), (1, .8), (-1, .8))
         elif name == "cross":
-            polygon((-.3, -1), (.3, -1), (.3, 1), (-.3, 1))
-            polygon((-1, -.3), (1, -.3), (1, .3), (-1, .3))
-        elif name == "star":
-            turns = [math.pi * k / 5 for k in range(10)]
-            polygon(*((math.sin(a) * s, -math.cos(a) * s) for a, s in zip(turns, [1.1, .45] * 5)))
+            box(-.3, -1, .3, 1)
+            box(-1, -.3, 1, .3)
+        elif name == "x":
+            polygon((-1, -1), (-.5, -1), (1, 1), (.5, 1))
+            polygon((1, -1), (.5, -1), (-1, 1), (-.5, 1))
+        elif name == "triangle":
+            polygon((0, -1), (1, .9), (-1, .9))
         elif name == "heart":
             disc(-.47 * r, -.35 * r, .53 * r, shape)
             disc(.47 * r, -.35 * r, .53 * r, shape)
             polygon((-.93, -.1), (.93, -.1), (0, 1.05))
-        elif name == "arrow":
-            polygon((-1, -.3), (.1, -.3), (.1, -.85), (1, 0), (.1, .85), (.1, .3), (-1, .3))
         elif name == "hourglass":
-            polygon((-.85, -1), (.85, -1), (-.85, 1), (.85, 1))
+            polygon((-1, -1), (1, -1), (-1, 1), (1, 1))
+        elif name == "stripes":
+            for top in (-1, -.2, .6):
+                box(-1, top, 1, top + .4)
+        elif name == "checkers":
+            box(-1, -1, 0, 0)
+            box(0, 0, 1, 1)
 
 
 class Folder:
@@ -434,7 +439,7 @@ def main(argv: list[str] | None = None):
 
     # Optimizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, fused=on_gpu)
+                                  weight_decay=config.weight_decay, fused=True)
 
     # Resume
     path, first_step = os.path.join(config.out, "last.pt"), 0

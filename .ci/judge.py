@@ -29,7 +29,8 @@ def train_cnn(images, labels, epochs=4):
     layers = []
     for inner, outer in ((3, 32), (32, 64), (64, 64)):
         layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2)]
-    cnn = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 10))
+    cnn = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10))
+    cnn(images[:2])
     optimizer = torch.optim.AdamW(cnn.parameters(), lr=2e-3)
     for _ in range(epochs):
         for part in torch.randperm(len(images)).split(64):
