@@ -1,12 +1,12 @@
-"""The autoregressive model of D-AR: an unmodified Llama that predicts image tokens one after another.
+"""The autoregressive model of D-AR: an unmodified Llama predicts image tokens one by one.
 
-Nothing here knows of images or diffusion. A sequence is one class token, then the tokens q_1 ... q_N
-of the tokenizer; the model is trained on the next one (Eq. 6) and generates them in order.
+Nothing here knows of images or diffusion. A sequence is one class token, then the tokens q_1 ...
+q_N of the tokenizer; the model is trained on the next one (Eq. 6) and generates them in order.
 
     [class, q_1 ... q_{N-1}] -> embeddings (B, N, D) -> blocks -> logits (B, N, V) of q_1 ... q_N
 
-Letters: B batch, N tokens an image, D width, V vocabulary, h heads, d head width, `pos` the position
-in the sequence (the class token has pos 0). "Sec." and "Eq." are the paper's.
+Letters: B batch, N tokens an image, D width, V vocabulary, h heads, d head width, `pos` the
+position in the sequence (the class token has pos 0). "Sec." and "Eq." are the paper's.
 """
 import os
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class ARConfig:
     num_classes: int = 1000      # one more row is the null class of guidance
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
-    dropout: float = 0.1         # on token embeddings, residual and feed-forward branches (Sec. 5, RandAR)
+    dropout: float = 0.1         # on token embeddings and both branches of a block (RandAR)
 
     def __post_init__(self):
         if self.width % self.heads or self.width // self.heads % 2:
@@ -40,7 +40,7 @@ SIZES = {  # with 16384 tokens and 1000 classes (Sec. 4)
     "XL": ARConfig(depth=36, width=1280, heads=20),  # 774,699,520
     "XXL": ARConfig(depth=48, width=1536, heads=24),  # 1,410,972,672
     # For the toy tokenizer's 32 tokens of the built-in pictures.
-    "toy": ARConfig(depth=4, width=128, heads=4, num_tokens=32, vocab_size=256, num_classes=10,
+    "toy": ARConfig(depth=4, width=128, heads=4, num_tokens=32, vocab_size=512, num_classes=10,
                     dropout=0.0)}
 
 
@@ -87,10 +87,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, pos: int, cache: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x: (B, n, D), at positions pos ... pos + n - 1; n = 1 or pos = 0. cache: this block's keys
-        and values (B, h, N, d), which are filled up to pos and gain n; None: x is all there is."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, n, d)
+    def forward(self, x: Tensor, rope: Tensor, pos: int,
+                cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x: (B, n, D), at positions pos ... pos + n - 1; n = 1 or pos = 0. cache: this block's
+        keys and values (B, h, N, d), filled up to pos, which gain n; None: there is only x."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                 # (B, n, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, h, n, d) each
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             end = pos + x.shape[1]
@@ -125,7 +127,8 @@ class Block(nn.Module):
         self.ffn = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, pos: int, cache: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, pos: int,
+                cache: tuple[Tensor, Tensor] | None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, pos, cache))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))                  # (B, n, D)
 
@@ -138,7 +141,8 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)        # probability of all larger
+        ordered = ordered.softmax(-1)                                        # (B, V)
+        before = ordered.cumsum(-1) - ordered                                # share of all likelier
         dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before > top_p)
         logits = logits.masked_fill(dropped, -torch.inf)
     return logits
@@ -188,8 +192,8 @@ class AR(nn.Module):
         return torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(tokens)], 1)
 
     def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """Logits (B, n, V) of tokens (B, n) int64, n <= N: each from the label and the tokens before it
-        (Eq. 6). labels: (B,) int64; num_classes is the null class."""
+        """Logits (B, n, V) of tokens (B, n) int64, n <= N: each from the label and the tokens
+        before it (Eq. 6). labels: (B,) int64; num_classes is the null class."""
         return self.trunk(self.dropout(self.embed(labels, tokens[:, :-1])))
 
     def check(self, labels: Tensor, cfg: tuple[float, float] | None, prefix: Tensor | None):
@@ -210,9 +214,9 @@ class AR(nn.Module):
                  top_p: float = 1.0) -> Tensor:
         """Tokens (B, N) int64 of class labels (B,) int64. Raises ValueError for other shapes.
 
-        cfg: (start, end): classifier-free guidance, whose scale runs linearly from start at the first
-        token to end at the last; None: no guidance, and none of its cost. prefix: (B, n) int64, tokens
-        to keep. temperature: 0 is greedy. top_k, top_p: 0 and 1 keep all tokens. Sec. 5.
+        cfg: (start, end): classifier-free guidance, whose scale runs linearly from start at the
+        first token to end at the last; None: no guidance, and none of its cost. prefix: (B, n)
+        int64, tokens to keep. temperature: 0 is greedy. top_k, top_p: 0 and 1 keep all tokens.
         """
         self.check(labels, cfg, prefix)
         config, batch = self.config, len(labels)
@@ -239,17 +243,18 @@ class AR(nn.Module):
 
 
 def load_ar(path: str, device="cpu") -> AR:
-    """The model of a checkpoint of train_ar.py, with averaged weights if there are any, in eval mode.
-    Nothing but tensors and plain data is unpickled. Raises FileNotFoundError and ValueError."""
+    """The model of a checkpoint of train_ar.py, with averaged weights if there are any, in eval
+    mode. Only tensors and plain data are unpickled. Raises FileNotFoundError, ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds here: truncated, not a zip, not plain data
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
     found = saved.get("kind") if isinstance(saved, dict) else None
     if found != "ar":
-        raise ValueError(f"{path} is not a checkpoint of an autoregressive model (found: {found!r})")
+        raise ValueError(f"{path} is not a checkpoint of kind 'ar' (found: {found!r})")
     model = AR(ARConfig(**saved["config"]))
     model.load_state_dict(saved["ema"] or saved["model"])
     return model.eval().to(device)

@@ -1,10 +1,10 @@
-"""The sequential diffusion tokenizer of D-AR: an image becomes 256 tokens, in the order of denoising.
+"""The sequential diffusion tokenizer of D-AR: an image becomes 256 tokens in denoising order.
 
 A transformer encodes the image into N query tokens, and each is replaced by its nearest codebook
-row (Eq. 1). A causal transformer turns the rows into condition tokens c_1 ... c_N, cut into K groups.
-A pixel-space flow-matching transformer then denoises the image in K steps, and step k sees group k
-only. Early tokens thus carry what early (noisy) steps need: layout and colour; late tokens carry
-detail. Reading the tokens one after another *is* running the diffusion.
+row (Eq. 1). A causal transformer turns the rows into condition tokens c_1 ... c_N, cut into K
+groups. A pixel-space flow-matching transformer then denoises the image in K steps, and step k sees
+group k only. Early tokens thus carry what early (noisy) steps need: layout and colour; late tokens
+carry detail. Reading the tokens one after another *is* running the diffusion.
 
     image (B, 3, H, W) -> Encoder -> z (B, N, 8) -> Quantizer -> tokens (B, N), codes (B, N, 8)
     codes (B, N, 8) -> CausalDecoder -> cond (B, N, D), in K groups of (B, N/K, D)
@@ -19,6 +19,7 @@ import functools
 import math
 import os
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from typing import Iterable, Iterator, NamedTuple
 
@@ -32,7 +33,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 @dataclass
 class TokenizerConfig:
-    """Architecture. Changing any field but `sigma`, `beta` and `image_size` invalidates weights."""
+    """Architecture. Weights belong to one setting of it; only `image_size` may be changed later."""
     image_size: int = 256        # pixels a side (Sec. 5)
     num_tokens: int = 256        # N, query tokens an image (Sec. 4)
     num_groups: int = 8          # K, groups = denoising steps (Sec. 4, Table 5 of the appendix)
@@ -51,6 +52,7 @@ class TokenizerConfig:
     max_tokens: int = 1024       # rows in the query and position tables (released code)
     sigma: float = 0.6           # standard deviation the data is scaled by (released code)
     beta: float = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
+    commitment: float = 0.25     # weight of the commitment loss (released code)
     init_std: float = 0.02       # of linear weights and positions (released code)
     repa_depth: int = 8          # the REPA head reads after this many diffusion blocks; 0: no head
     repa_dim: int = 768          # width of the DINOv2-B features the head predicts
@@ -80,18 +82,18 @@ TOKENIZERS = {
     # none after the paper's REPA tap at 8, so the head reads after block 6.
     "light": TokenizerConfig(encoder_width=512, decoder_width=512, diffusion_width=512,
                              diffusion_depth=8, repa_depth=6),
-    # For the built-in pictures, at 24 pixels: 8 groups of 4 tokens, trained on a CPU in minutes. At width
-    # 96, linear layers that start at 0.02 pass so little on that the tokens stay empty for long.
+    # For the built-in pictures: 8 groups of 4 tokens, trained on a CPU in minutes. At width 96,
+    # linear layers that start at 0.02 pass so little on that the tokens stay empty for long.
     "toy": TokenizerConfig(image_size=24, num_tokens=32, codebook_size=512, patch_size=6,
                            encoder_width=96, encoder_depth=3, decoder_width=96, decoder_depth=2,
                            diffusion_width=96, diffusion_depth=4, diffusion_patch=4, head_dim=16,
-                           max_tokens=32, beta=4.0, init_std=0.06, repa_depth=0)}
+                           max_tokens=32, init_std=0.06, repa_depth=0)}
 
 
 # ---- The rules: time, groups, interpolation ------------------------------------------------------
 
 def shift_time(u, beta: float):
-    """Flow time t of the uniform time u, Eq. 8. u: float or tensor in [0, 1]. beta > 1: denser at t = 0."""
+    """Flow time t of uniform time u, Eq. 8. u: float or tensor in [0, 1]. beta > 1: denser at 0."""
     return u / (u + beta * (1 - u))
 
 
@@ -125,13 +127,15 @@ class Step(NamedTuple):
 
 
 def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> list[Step]:
-    """Steps at u = i / steps (Eq. 8); those of the first `groups` groups only, the last jumps to t = 1.
+    """Steps at u = i / steps (Eq. 8); those of the first `groups` groups only, the last jumps to t
+    = 1.
 
     With steps = num_groups, every group is used exactly once.
     """
     kept = [i / steps for i in range(steps) if group_of(i / steps, num_groups) < groups]
     times = [shift_time(u, beta) for u in kept] + [1.0]
-    return [Step(t, t_next, group_of(u, num_groups)) for u, t, t_next in zip(kept, times, times[1:])]
+    return [Step(t, t_next, group_of(u, num_groups))
+            for u, t, t_next in zip(kept, times, times[1:])]
 
 
 def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solver: str) -> Tensor:
@@ -148,8 +152,8 @@ def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solve
 # ---- Attention -----------------------------------------------------------------------------------
 
 def to_patches(images: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
-    """Patches (B, L, C * patch * patch) of images (B, C, H, W), row by row, in channel-row-column order
-    within; and the grid they form, (H / patch, W / patch)."""
+    """Patches (B, L, C * patch * patch) of images (B, C, H, W), row by row, in channel-row-column
+    order within; and the grid they form, (H / patch, W / patch)."""
     patches = F.pixel_unshuffle(images, patch)                               # (B, C p p, H/p, W/p)
     return patches.flatten(2).transpose(1, 2), patches.shape[2:]
 
@@ -157,7 +161,7 @@ def to_patches(images: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
 def rope_2d(height: int, width: int, head_dim: int, device) -> Tensor:
     """Rotation of patches in row-major order: cosines and sines, (2, height * width, head_dim / 2).
 
-    The first half of the channel pairs turns with the row, the second with the column. Sec. 4, App. I.
+    The first half of the channel pairs turns with the row, the second with the column. App. I.
     """
     half = head_dim // 2
     exponents = torch.arange(0, half, 2, dtype=torch.float64, device=device) / half
@@ -180,8 +184,8 @@ causal_bias = functools.cache(causal_lower_right)
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, bias: CausalBias) -> Tensor:
-    """Attention over [prefix, sequence]: the prefix sees the prefix, position i of the sequence sees
-    the prefix and positions up to i. Two calls without a mask in memory, both fit for flash kernels.
+    """Attention over [prefix, sequence]: the prefix sees the prefix, position i of the sequence
+    sees the prefix and positions up to i. Two calls without a mask, both fit for flash kernels.
 
     q, k, v: (B, h, prefix + sequence, d). bias: causal_lower_right(sequence, prefix + sequence).
     """
@@ -209,7 +213,7 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))                        # (B, L, D)
 
     def forward(self, x: Tensor, rope: Tensor | None, bias: CausalBias | None) -> Tensor:
-        """Self-attention of x (B, L, D): over all of x, or as `prefix_attention` if bias is given."""
+        """Self-attention of x (B, L, D): over all of x, or `prefix_attention` under a bias."""
         q, k, v = self.q_norm(self.heads(self.q(x))), self.k_norm(self.heads(self.k(x))), self.v(x)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
@@ -271,7 +275,8 @@ class Encoder(nn.Module):
         patches, grid = to_patches(images, self.patch)                       # (B, L, 768)
         rope = rope_2d(*grid, self.head_dim, images.device)
         # Query tokens have no place in the image: the identity rotation (App. I).
-        identity = rope.new_tensor([1.0, 0.0])[:, None, None].expand(-1, self.num_tokens, rope.shape[2])
+        identity = rope.new_tensor([1.0, 0.0])[:, None, None]                # cosine 1, sine 0
+        identity = identity.expand(-1, self.num_tokens, rope.shape[2])       # (2, N, d/2)
         rope = torch.cat([rope, identity], 1)                                # (2, L + N, d/2)
         patches = layer_norm(self.from_pixels(patches))                      # (B, L, D)
         queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
@@ -291,10 +296,10 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Nearest codebook row on the unit sphere (Sec. 4, App. I). Always float32: in bf16, 6 % of the
     tokens would differ."""
-    commitment = 0.25  # weight of the commitment loss (released code)
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
+        self.commitment = config.commitment
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
 
     def forward(self, z: Tensor) -> Quantized:
@@ -335,8 +340,9 @@ class CausalDecoder(nn.Module):
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """Features (B, width) of flow times t (B,): cosines, then sines, of 1000 t."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = 1000 * t[:, None].float() * frequencies
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+    angles = 1000 * t[:, None].float() * frequencies                         # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
@@ -345,8 +351,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiffusionBlock(nn.Module):
-    """DiT block. Time and tokens enter only through shift, scale and gate (adaLN-zero), which differ
-    from patch to patch because each patch fetches its own condition by cross-attention. Sec. 4."""
+    """DiT block. Time and tokens enter only through shift, scale and gate (adaLN-zero), which
+    differ from patch to patch because each patch fetches its own condition. Sec. 4."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -416,7 +422,7 @@ class TrainOutput(NamedTuple):
     images: Tensor         # (B, 3, H, W) predicted images, in [-1, 1] if perfect
     repa: Tensor | None    # (B, H/16 * W/16, repa_dim) predicted DINOv2 features; None without head
     tokens: Tensor         # (B, N) int64
-    z: Tensor              # (B, N, 8) encoder outputs before quantization
+    z: Tensor              # (B, N, 8) encoder outputs before quantization, without gradient
 
 
 class Tokenizer(nn.Module):
@@ -445,8 +451,9 @@ class Tokenizer(nn.Module):
         nn.init.normal_(self.quantizer.codebook)
         with torch.no_grad():
             self.quantizer.codebook.copy_(F.normalize(self.quantizer.codebook, dim=-1))
-        for layer in [block.modulation for block in self.diffusion.blocks] + [self.diffusion.to_pixels]:
-            nn.init.zeros_(layer.weight)
+        for block in self.diffusion.blocks:
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.diffusion.to_pixels.weight)
 
     def forward(self, images: Tensor, u: Tensor, noise: Tensor) -> TrainOutput:
         """The training rule (Sec. 4). images: (B, 3, H, W) in [-1, 1]. u: (B,) uniform in [0, 1).
@@ -470,7 +477,7 @@ class Tokenizer(nn.Module):
         vq_loss = (quantized.loss * seen).sum() / seen.sum()
         repa = self.repa_head(patches) if self.repa_head is not None else None
         return TrainOutput(flow_loss, vq_loss, jump(xt, v, t) / config.sigma, repa,
-                           quantized.tokens, z)
+                           quantized.tokens, z.detach())
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B, N) int64 of images (B, 3, H, W) in [-1, 1]. Eq. 1."""
@@ -535,9 +542,13 @@ class Tokenizer(nn.Module):
         The steps are those of `decode` with steps = K; a preview costs no network call. Sec. 3.3.
         """
         config = self.config
-        schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta, config.num_groups)
+        groups = config.num_groups
+        schedule = sampling_schedule(groups, groups, config.beta, groups)
         tokens, x, v_before = None, None, None
         for step, group in zip(schedule, token_groups):
+            if group.ndim != 2 or group.shape[1] != config.num_tokens // groups:
+                raise ValueError(f"a group must be (B, {config.num_tokens // groups}), "
+                                 f"got {tuple(group.shape)}")
             tokens = group if tokens is None else torch.cat([tokens, group], 1)      # (B, n)
             x = self.start(len(tokens), noise, solver) if x is None else x
             v = self.velocity(x, step, self.condition(tokens))
@@ -555,13 +566,13 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1]; clipped, rounded as ADM's samples are."""
+    """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1], rounded as ADM's samples are."""
     pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Resizes so that the shorter side is `size` pixels, as ADM does: halved by boxes, then bicubic."""
+    """Resizes so that the shorter side is `size` pixels, as ADM does: boxes, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -600,13 +611,16 @@ def save_checkpoint(path: str, checkpoint: dict):
 
 def load_checkpoint(path: str, kind: str, device="cpu") -> dict:
     """The dict that `save_checkpoint` wrote, its tensors on `device`; nothing but tensors and plain
-    data is unpickled. kind: "tokenizer", "ar", or "" for any. Raises FileNotFoundError and ValueError."""
+    data is unpickled. kind: "tokenizer", "ar", or "" for either. Raises FileNotFoundError,
+    ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True,
+                                mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many kinds here: truncated, not a zip, not plain data
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
     if found not in ([kind] if kind else ["tokenizer", "ar"]):
         raise ValueError(f"{path} is not a checkpoint of kind {kind!r} (found: {found!r})")
@@ -622,10 +636,9 @@ def build_config(cls, values: dict, source: str):
     return cls(**values)
 
 
-def pack_tokenizer(model: Tokenizer, weights: dict | None = None) -> dict:
-    """What a checkpoint needs to rebuild a tokenizer; `weights` replaces the model's own."""
-    return {"kind": "tokenizer", "config": asdict(model.config),
-            "model": model.state_dict() if weights is None else weights}
+def pack_tokenizer(model: Tokenizer) -> dict:
+    """What a checkpoint needs to rebuild a tokenizer."""
+    return {"kind": "tokenizer", "config": asdict(model.config), "model": model.state_dict()}
 
 
 def unpack_tokenizer(packed: dict, source: str) -> Tokenizer:
@@ -643,9 +656,9 @@ def load_tokenizer(path: str, device="cpu") -> Tokenizer:
 
 
 def run(main):
-    """Calls a script's main; a user's mistake ends it with one line, printed by the first process."""
+    """Calls a script's main; a user's mistake ends it with one line."""
     try:
         main()
     except (ValueError, FileNotFoundError) as error:
-        first = os.environ.get("RANK", "0") == "0"
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}" if first else 1)
+        # The last line: an error in a data loader's process arrives with a traceback before it.
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {str(error).splitlines()[-1]}")

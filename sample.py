@@ -21,7 +21,7 @@ def parse_cfg(text: str) -> tuple[float, float] | None:
     if text == "none":
         return None
     try:
-        start, end = (float(part) for part in (text if ":" in text else f"{text}:{text}").split(":"))
+        start, end = (float(part) for part in (text.split(":") if ":" in text else [text, text]))
     except ValueError:
         raise ValueError(f"--cfg must be START:END, one number, or none; got {text!r}") from None
     return start, end
@@ -32,15 +32,15 @@ def parse_labels(text: str, classes: list[str]) -> list[int]:
     labels = []
     for part in filter(None, text.split(",")):
         if part not in classes and not (part.isdecimal() and int(part) < len(classes)):
-            raise ValueError(f"--labels: no class {part!r}; give numbers in 0 ... {len(classes) - 1} or "
-                             f"names such as {', '.join(classes[:10])}")
+            raise ValueError(f"--labels: no class {part!r}; give numbers in 0 ... "
+                             f"{len(classes) - 1} or names such as {', '.join(classes[:10])}")
         labels.append(classes.index(part) if part in classes else int(part))
     return labels or list(range(len(classes)))
 
 
 def newest_checkpoint(folder: str = "out") -> str:
     """The checkpoint of an autoregressive model under `folder` that was written last."""
-    paths = glob.glob(os.path.join(folder, "**", "*.pt"), recursive=True)
+    paths = glob.glob(os.path.join(folder, "**", "last.pt"), recursive=True)
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         if load_checkpoint(path, "")["kind"] == "ar":
             return path
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--num", type=int, default=100, help="number of images, labels in turn")
     parser.add_argument("--cfg", default="none", help="guidance START:END, a number, or none")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: most likely token")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: from all")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the top share p")
     parser.add_argument("--steps", type=int, help="denoising steps; default: one a token group")
     parser.add_argument("--solver", default="adams2", choices=["adams2", "euler"])
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     args.cfg = parse_cfg(args.cfg)
     if args.num < 1 or args.batch < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise ValueError("need --num and --batch of at least 1, --temperature >= 0, 0 < --top-p <= 1")
+        raise ValueError("need --num >= 1, --batch >= 1, --temperature >= 0, 0 < --top-p <= 1")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.ckpt = args.ckpt or newest_checkpoint()
@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None):
     todo = torch.tensor([labels[i % len(labels)] for i in range(args.num)], device=device)
     images = torch.cat([draw_samples(ar, tokenizer, part, args) for part in todo.split(args.batch)])
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    columns = len(labels) if 1 < len(labels) <= 10 else min(10, args.num)
-    image_grid(images, columns, max(1, 64 // images.shape[-1])).save(args.out)
+    columns = len(labels) if 1 < len(labels) <= 10 else 10
+    image_grid(images, min(columns, args.num), max(1, 64 // images.shape[-1])).save(args.out)
     print(args.out)
 
 

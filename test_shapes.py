@@ -8,10 +8,12 @@ import contextlib
 import io
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import urllib.error
 from dataclasses import replace
 
 import numpy as np
@@ -32,11 +34,13 @@ SMALL = TokenizerConfig(image_size=32, num_tokens=16, num_groups=4, codebook_siz
                         encoder_width=32, encoder_depth=2, decoder_width=64, decoder_depth=2,
                         diffusion_width=96, diffusion_depth=3, diffusion_patch=4, head_dim=16,
                         max_tokens=20, repa_depth=2, repa_hidden=24, repa_dim=12)
-SMALL_AR = ARConfig(depth=3, width=48, heads=3, num_tokens=16, vocab_size=64, num_classes=5, dropout=0.0)
+SMALL_AR = ARConfig(depth=3, width=48, heads=3, num_tokens=16, vocab_size=64, num_classes=5,
+                    dropout=0.0)
 # Command lines of a training run that takes a second or two.
 TINY = ("--preset toy --steps 4 --batch 4 --encoder-depth 1 --decoder-depth 1 --diffusion-depth 1 "
         "--codebook-size 32 --log-every 1 --eval-every 4 --save-every 2 --eval-images 4").split()
-TINY_AR = "--preset toy --steps 4 --batch 4 --log-every 1 --eval-every 4 --save-every 2 --eval-images 4".split()
+TINY_AR = ("--preset toy --steps 4 --batch 4 --log-every 1 --eval-every 4 --save-every 2 "
+           "--eval-images 4").split()
 
 
 def randomised(model):
@@ -66,7 +70,8 @@ def some_tokens(batch=2, count=16, vocabulary=64):
 
 def close(a, b, tolerance):
     assert a.shape == b.shape, (a.shape, b.shape)
-    assert (a - b).abs().max() <= tolerance, f"differ by {(a - b).abs().max():.2e} > {tolerance:.0e}"
+    difference = (a - b).abs().max()
+    assert difference <= tolerance, f"differ by {difference:.2e} > {tolerance:.0e}"
 
 
 def raises(kind, text, function, *args, **kwargs):
@@ -96,7 +101,8 @@ def quietly(function, *args):
 def test_tokenizer_has_the_papers_parameter_counts():
     with torch.device("meta"):
         model = Tokenizer(TOKENIZERS["paper"])
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    counts = {name: sum(p.numel() for p in part.parameters())
+              for name, part in model.named_children()}
     assert counts.pop("repa_head") == 7_344_896
     assert sum(counts.values()) == 300_099_776
     assert counts["diffusion"] == 185_129_664
@@ -130,7 +136,8 @@ def test_first_group_gets_a_sixteenth_and_last_three_sixteenths_of_the_times():
 def test_group_of_floats_and_tensors_agree():
     for groups in (1, 4, 8, 16):
         grid = [i / 960 for i in range(960)]
-        assert mt.group_of(torch.tensor(grid), groups).tolist() == [mt.group_of(u, groups) for u in grid]
+        expected = [mt.group_of(u, groups) for u in grid]
+        assert mt.group_of(torch.tensor(grid), groups).tolist() == expected
 
 
 def test_first_groups_only_ends_with_a_jump():
@@ -138,7 +145,8 @@ def test_first_groups_only_ends_with_a_jump():
     assert [step.group for step in schedule] == [0, 1, 2] and schedule[-1].t_next == 1
     for steps in (4, 12, 16):
         groups = [step.group for step in mt.sampling_schedule(steps, 8, 2.0, 8)]
-        assert len(groups) == steps and groups == sorted(groups) and groups[-1] == (6 if steps == 4 else 7)
+        assert len(groups) == steps and groups == sorted(groups)
+        assert groups[-1] == (6 if steps == 4 else 7)
 
 
 def test_jump_along_the_true_velocity_lands_on_the_image():
@@ -163,11 +171,12 @@ def test_split_attention_equals_masked_attention():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 10 + 6, 8)
     mask = torch.ones(16, 16, dtype=torch.bool).tril()
-    mask[:10, :10] = True  # patches see all patches and no query; query i sees patches, queries <= i
+    mask[:10, :10] = True  # patches see patches only; query i sees patches, queries <= i
     close(mt.prefix_attention(q, k, v, causal_lower_right(6, 16)),
           F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-6)
-    close(mt.prefix_attention(q[:, :, 10:], k[:, :, 10:], v[:, :, 10:], causal_lower_right(6, 6)),
-          F.scaled_dot_product_attention(q[:, :, 10:], k[:, :, 10:], v[:, :, 10:], is_causal=True), 1e-6)
+    q, k, v = q[:, :, 10:], k[:, :, 10:], v[:, :, 10:]
+    close(mt.prefix_attention(q, k, v, causal_lower_right(6, 6)),
+          F.scaled_dot_product_attention(q, k, v, is_causal=True), 1e-6)
 
 
 def test_rotated_products_depend_on_the_distance_of_patches_only():
@@ -183,7 +192,8 @@ def test_one_dimensional_rotation_equals_complex_multiplication():
     x = torch.randn(1, 1, 6, 8)
     angles = torch.arange(6)[:, None] / 10000 ** (torch.arange(4) / 4)
     turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones(6, 4), angles)
-    close(model_ar.rotate(x, model_ar.rope_1d(6, 8, 10000.0)), torch.view_as_real(turned).flatten(-2), 1e-6)
+    found = model_ar.rotate(x, model_ar.rope_1d(6, 8, 10000.0))
+    close(found, torch.view_as_real(turned).flatten(-2), 1e-6)
 
 
 def test_patches_are_the_images_squares_in_reading_order():
@@ -253,7 +263,8 @@ def test_training_losses_equal_a_second_computation():
         flow += ((v - (x1 - noise[i:i + 1])) ** 2).mean() / 0.36 / 3
         close(output.images[i:i + 1], (xt + (1 - t) * v) / 0.6, 1e-4)  # codes took another route
         length = 4 * (group + 1)
-        vq, count = vq + model.quantizer(model.encoder(images[i:i + 1])).loss[:, :length].sum(), count + length
+        count += length
+        vq += model.quantizer(model.encoder(images[i:i + 1])).loss[:, :length].sum()
     close(output.flow_loss, flow, 1e-4 * flow)
     close(output.vq_loss, vq / count, 1e-6)
     assert output.repa.shape == (3, 16, 12) and torch.equal(output.tokens, tokens)
@@ -278,7 +289,8 @@ def test_streamed_decoding_equals_whole_decoding():
         assert len(previews) == 4
         close(previews[-1], model.decode(tokens, noise, solver=solver), 1e-4)
     for groups in (1, 2, 3):  # an Euler preview is what decoding gives that ends with this group
-        close(previews[groups - 1], model.decode(tokens, noise, solver="euler", groups=groups), 1e-4)
+        decoded = model.decode(tokens, noise, solver="euler", groups=groups)
+        close(previews[groups - 1], decoded, 1e-4)
 
 
 def test_partial_decoding_reads_no_later_token():
@@ -298,7 +310,8 @@ def test_tokenizer_takes_other_image_sizes():
 
 def test_fresh_tokenizer_predicts_zero_velocity():
     model = Tokenizer(SMALL)
-    assert model.diffusion(torch.randn(1, 3, 32, 32), torch.rand(1), torch.randn(1, 4, 64))[0].abs().max() == 0
+    v, _ = model.diffusion(torch.randn(1, 3, 32, 32), torch.rand(1), torch.randn(1, 4, 64))
+    assert v.abs().max() == 0
     close(model.quantizer.codebook.norm(dim=1), torch.ones(64), 1e-6)
 
 
@@ -309,7 +322,8 @@ def test_ar_model_is_causal_and_sees_the_class_first():
     changed = tokens.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 64
     with torch.no_grad():
-        before, after, other = model(labels, tokens), model(labels, changed), model(labels.flip(0), tokens)
+        before, after = model(labels, tokens), model(labels, changed)
+        other = model(labels.flip(0), tokens)
     assert before.shape == (2, 16, 64)
     assert torch.equal(before[:, :10], after[:, :10])  # logits j come from the tokens before j
     assert ((before[:, 10:] - after[:, 10:]).abs().amax(-1) > 1e-4).all()
@@ -388,7 +402,8 @@ def make_folder(root, per_class=3):
     for name in ("b_cat", "a_dog"):
         os.makedirs(os.path.join(root, name))
         for i in range(per_class):
-            mode, ending = [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png")][i % 5]
+            mode, ending = [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"),
+                            ("RGBA", "png")][i % 5]
             noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
             Image.fromarray(noise).convert(mode).save(os.path.join(root, name, f"{i}.{ending}"))
 
@@ -396,18 +411,23 @@ def make_folder(root, per_class=3):
 def test_folders_are_read_in_sorted_order_and_any_mode():
     with tempfile.TemporaryDirectory() as root:
         make_folder(root, 5)
-        data = train_tokenizer.Folder(root)
-        assert data.classes == ["a_dog", "b_cat"] and [data.label(i) for i in range(10)] == [0] * 5 + [1] * 5
+        data = train_tokenizer.Folder(root, 32)
+        assert data.classes == ["a_dog", "b_cat"]
+        assert [data.label(i) for i in range(10)] == [0] * 5 + [1] * 5
         assert all(data[i][0].mode == "RGB" for i in range(10))
         train, held_out = train_tokenizer.open_data(root, 32)
         assert len(train) == 9 and len(held_out) == 1 and held_out.items[0] not in train.items
-        raises(ValueError, "no images", train_tokenizer.Folder, os.path.join(root, "a_dog"))
+        raises(ValueError, "no images", train_tokenizer.Folder, os.path.join(root, "a_dog"), 32)
+        with open(data.items[0][0], "w") as file:
+            file.write("no image")
+        raises(ValueError, f"{data.items[0][0]} cannot be read", data.__getitem__, 0)
 
 
 def test_crops_have_the_right_size_and_views_are_mirrored():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70, 3), dtype=np.uint8))
     rng = np.random.default_rng(0)
-    assert all(train_tokenizer.random_crop(image, 32, 1.25, True, rng).size == (32, 32) for _ in range(20))
+    for _ in range(20):
+        assert train_tokenizer.random_crop(image, 32, 1.25, True, rng).size == (32, 32)
     assert mt.center_crop(image, 32).size == (32, 32)
     for views in (2, 10):
         crops = [np.array(train_ar.crop_view(image, 32, view, views)) for view in range(views)]
@@ -425,7 +445,8 @@ def test_an_epoch_shows_each_item_once_and_a_position_always_the_same():
 def test_processes_share_the_positions_of_a_step():
     config = train_tokenizer.TrainConfig(batch=8, steps=6)
     for step in (4, 5):
-        shares = [list(train_tokenizer.positions(config, 4, rank, 2))[4 * step - 16:][:4] for rank in (0, 1)]
+        shares = [list(train_tokenizer.positions(config, 4, rank, 2))[4 * step - 16:][:4]
+                  for rank in (0, 1)]
         assert shares[0] + shares[1] == list(range(8 * step, 8 * step + 8))
 
 
@@ -438,7 +459,8 @@ def test_pixels_survive_the_way_to_tensors_and_back():
 # ---- Training ------------------------------------------------------------------------------------
 
 def test_learning_rate_warms_up_stays_and_falls():
-    config = train_tokenizer.TrainConfig(steps=100, lr=1.0, lr_final=0.1, warmup_steps=10, decay_steps=50)
+    config = train_tokenizer.TrainConfig(steps=100, lr=1.0, lr_final=0.1, warmup_steps=10,
+                                         decay_steps=50)
     rates = [train_tokenizer.learning_rate(step, config) for step in (0, 9, 50, 75, 100)]
     close(torch.tensor(rates), torch.tensor([0.1, 1.0, 1.0, 0.55, 0.1]), 1e-6)
 
@@ -447,14 +469,15 @@ def test_unused_codebook_rows_are_reseeded():
     use = train_tokenizer.CodebookUse(4, "cpu")
     for _ in range(3):
         use.update(torch.tensor([[0, 1]]))
-    assert use.idle.tolist() == [0, 0, 3, 3] and use.share(2) == 0.5
+    assert use.age.tolist() == [0, 0, 3, 3] and use.share(2) == 0.5
     first, second = torch.zeros(4, 8), torch.ones(4, 8)
     z = torch.randn(2, 3, 8)
     use.reseed(3, z, torch.Generator().manual_seed(0), first, second)
     assert first[:2].abs().max() == 0 and (second[:2] == 1).all()
     distances = torch.cdist(first[2:], F.normalize(z.flatten(0, 1), dim=-1))
     assert distances.min(1).values.max() < 1e-3  # cdist's own rounding
-    assert torch.equal(first[2:], second[2:]) and use.idle.tolist() == [0, 0, 0, 0]
+    assert torch.equal(first[2:], second[2:]) and use.age.tolist() == [0, 0, 0, 0]
+    assert use.share(2) == 0.5  # a re-seeded row is not a used one
 
 
 def test_averaged_weights_follow_the_models():
@@ -467,65 +490,124 @@ def test_averaged_weights_follow_the_models():
 def test_counted_operations_are_close_to_the_rule_of_thumb():
     model = AR(replace(SMALL_AR, width=192))
     count = train_tokenizer.forward_flops(model, torch.tensor([0]), some_tokens(1))
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) + model.head.weight.numel()
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    matrices += model.head.weight.numel()
     assert 1 < count / (2 * 16 * matrices) < 1.2  # two a weight and token, and attention
     model = Tokenizer(replace(SMALL, repa_depth=0))
-    blocks = [(model.encoder, 16 + 16), (model.decoder, 16), (model.diffusion, 64)]  # tokens each sees
-    matrices = sum(p.numel() * seen for part, seen in blocks for p in part.blocks.parameters() if p.ndim == 2)
+    parts = [(model.encoder, 16 + 16), (model.decoder, 16), (model.diffusion, 64)]  # tokens seen
+    matrices = sum(p.numel() * seen for part, seen in parts
+                   for p in part.blocks.parameters() if p.ndim == 2)
     count = train_tokenizer.forward_flops(model, pictures(1), torch.zeros(1), pictures(1))
-    assert 0.8 < count / (2 * matrices) < 1.3  # the conditions' layers see fewer tokens; attention adds
+    assert 0.8 < count / (2 * matrices) < 1.3  # conditions are few; attention adds
 
 
-def test_a_run_from_images_to_samples_and_its_resumption():
+def weights_of(folder: str, part: str = "model") -> torch.Tensor:
+    """All weights of the checkpoint in a folder as one vector."""
+    saved = torch.load(os.path.join(folder, "last.pt"), weights_only=True)
+    return torch.cat([value.flatten() for value in saved[part].values()])
+
+
+@contextlib.contextmanager
+def patched(module, name: str, value):
+    """Replaces module.name for a while."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def interrupted_run_ends_as_the_whole(module, options: list[str], root: str):
+    """Asserts that a run that fails at step 4 and is started again ends with the weights of one
+    that was not interrupted; returns the folder of the latter."""
+    whole, halves = os.path.join(root, "whole"), os.path.join(root, "halves")
+    quietly(module.main, options + ["--out", whole])
+    with patched(module, "evaluate", None), contextlib.suppress(TypeError):
+        quietly(module.main, options + ["--out", halves])
+    assert torch.load(os.path.join(halves, "last.pt"), weights_only=True)["step"] == 2
+    assert "step 2 of 4" in quietly(module.main, options + ["--out", halves])
+    for part in ("model", "ema"):
+        assert torch.equal(weights_of(whole, part), weights_of(halves, part))
+    return whole
+
+
+def test_tokenizer_training_resumes_exactly():
     with tempfile.TemporaryDirectory() as root:
-        tokenizer, ar = os.path.join(root, "tokenizer"), os.path.join(root, "ar")
-        quietly(train_tokenizer.main, TINY + ["--out", tokenizer])
+        whole = interrupted_run_ends_as_the_whole(train_tokenizer, TINY + ["--reseed-after", "1"],
+                                                  root)
+        assert "reconstructions_000004.png" in os.listdir(whole)
         assert "lpips" not in sys.modules  # its weight is 0
-        saved = torch.load(os.path.join(tokenizer, "last.pt"), weights_only=True)
-        assert saved["step"] == 4 and os.path.exists(os.path.join(tokenizer, "reconstructions_000004.png"))
 
-        # Interrupted after two steps, then continued: the same weights, bit for bit.
-        halves = os.path.join(root, "halves")
-        original, train_tokenizer.evaluate = train_tokenizer.evaluate, None  # stops the run at step 4
-        try:
-            quietly(train_tokenizer.main, TINY + ["--out", halves])
-        except TypeError:
-            pass
-        train_tokenizer.evaluate = original
-        assert torch.load(os.path.join(halves, "last.pt"), weights_only=True)["step"] == 2
-        assert "step 2 of 4" in quietly(train_tokenizer.main, TINY + ["--out", halves])
-        resumed = torch.load(os.path.join(halves, "last.pt"), weights_only=True)
-        for part in ("model", "ema"):
-            assert all(torch.equal(saved[part][name], value) for name, value in resumed[part].items())
 
-        # Split into two backward passes: the same step up to rounding.
-        quietly(train_tokenizer.main, TINY + ["--out", os.path.join(root, "parts"), "--accumulate", "2"])
-        parts = load_tokenizer(os.path.join(root, "parts", "last.pt")).state_dict()
-        for name, value in load_tokenizer(os.path.join(tokenizer, "last.pt")).state_dict().items():
-            close(parts[name], value, 2e-5)  # Adam turns rounding into steps of up to lr = 1e-3
+def test_two_processes_and_two_passes_take_the_steps_of_one():
+    """Sums of gradients differ by rounding, which Adam magnifies where gradients are near zero: so
+    the weights must agree to a twentieth of the way they went."""
+    with tempfile.TemporaryDirectory() as root:
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_tokenizer.py")
+        options = TINY + ["--lr", "1e-3", "--warmup-steps", "1", "--ema", "0"]
+        starts = {"one": [], "passes": ["--accumulate", "2"], "processes": None}
+        for name, extra in starts.items():
+            out = options + ["--out", os.path.join(root, name)]
+            if extra is None:
+                torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                            "--standalone", script]
+                subprocess.run(torchrun + out, check=True, capture_output=True)
+            else:
+                quietly(train_tokenizer.main, out + extra)
+        torch.manual_seed(0)
+        start = Tokenizer(train_tokenizer.parse_config(train_tokenizer.PRESETS, options)[1])
+        start = torch.cat([value.flatten() for value in start.state_dict().values()])
+        one = weights_of(os.path.join(root, "one"))
+        for name in ("passes", "processes"):
+            way = (one - start).norm()
+            assert (weights_of(os.path.join(root, name)) - one).norm() < 0.05 * way, name
 
-        train_ar.open_data = lambda data, size: (train_tokenizer.Shapes(0, 30, size),
-                                                 train_tokenizer.Shapes(100, 4, size))
-        options = TINY_AR + ["--tokenizer", os.path.join(tokenizer, "last.pt"), "--out", ar,
+
+def test_ar_training_resumes_exactly_and_its_checkpoint_samples():
+    few = (lambda data, size: (train_tokenizer.Shapes(0, 30, size),
+                               train_tokenizer.Shapes(100, 4, size)))
+    with tempfile.TemporaryDirectory() as root, patched(train_ar, "open_data", few):
+        tokenizer = os.path.join(root, "tokenizer")
+        quietly(train_tokenizer.main, TINY + ["--out", tokenizer])
+        tokenizer = os.path.join(tokenizer, "last.pt")
+        options = TINY_AR + ["--dropout", "0.1", "--tokenizer", tokenizer,
                              "--codes", os.path.join(root, "codes")]
-        quietly(train_ar.main, options)
-        train_ar.open_data = train_tokenizer.open_data
-        codes = np.load(os.path.join(root, "codes", "codes.npy"))
-        assert codes.shape == (30, 32) and codes.dtype == np.uint16 and codes.max() < 32
-        checkpoint = os.path.join(ar, "last.pt")
-        assert torch.equal(load_tokenizer(checkpoint).quantizer.codebook,
-                           load_tokenizer(os.path.join(tokenizer, "last.pt")).quantizer.codebook)
+        whole = interrupted_run_ends_as_the_whole(train_ar, options, root)
+        file, = os.listdir(os.path.join(root, "codes"))
+        codes = np.load(os.path.join(root, "codes", file))
+        config = load_tokenizer(tokenizer).config
+        assert codes.dtype == np.uint16 and codes.shape == (30, config.num_tokens)
+        picture = mt.to_tensor(train_tokenizer.Shapes(0, 30, config.image_size)[7][0])
+        assert np.array_equal(load_tokenizer(tokenizer).encode(picture[None])[0], codes[7])
 
-        grid = os.path.join(root, "grid.png")
-        for options in (["--cfg", "1.1:3"], ["--cfg", "2", "--labels", "heart,3", "--top-k", "5"]):
-            quietly(sample.main, ["--ckpt", checkpoint, "--num", "4", "--out", grid] + options)
-            assert Image.open(grid).size[1] >= 64
-        images = [Image.open(grid).tobytes()]
-        quietly(sample.main, ["--ckpt", checkpoint, "--num", "4", "--out", grid] + options)
-        assert Image.open(grid).tobytes() == images[0]  # the same seed, the same picture
+        # Another tokenizer, in the same place: noticed.
+        checkpoint = torch.load(tokenizer, weights_only=True)
+        checkpoint["ema"]["quantizer.codebook"] += 1
+        torch.save(checkpoint, tokenizer)
+        raises(ValueError, "was trained on another tokenizer", quietly, train_ar.main,
+               options + ["--out", whole])
+
+        checkpoint, grid = os.path.join(whole, "last.pt"), os.path.join(root, "grid.png")
+        pictures = []
+        for extra in (["--cfg", "1.1:3"], ["--cfg", "2", "--labels", "heart,3", "--top-k", "5"],
+                      ["--cfg", "1.1:3"]):
+            quietly(sample.main, ["--ckpt", checkpoint, "--num", "4", "--out", grid] + extra)
+            pictures.append(Image.open(grid).copy())
+        assert pictures[0].size == (4 * 48 + 6, 48) and pictures[1].size == (2 * 48 + 2, 2 * 48 + 2)
+        assert pictures[0].tobytes() == pictures[2].tobytes()  # the same seed, the same picture
         raises(ValueError, "no class 'dog'", sample.main, ["--ckpt", checkpoint, "--labels", "dog"])
         raises(ValueError, "--cfg must be", sample.main, ["--ckpt", checkpoint, "--cfg", "a:b"])
-        raises(ValueError, "not a checkpoint", load_ar, os.path.join(tokenizer, "last.pt"))
+        raises(ValueError, "not a checkpoint", load_ar, tokenizer)
+
+
+def test_losses_without_weights_name_the_file_and_the_way_round():
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    with tempfile.TemporaryDirectory() as root, patched(torch.hub, "urlopen", offline), \
+            patched(torch.hub, "_hub_dir", root):
+        raises(ValueError, "--repa 0 trains without", train_tokenizer.RepaLoss)
+        raises(ValueError, "--lpips 0 trains without", train_tokenizer.PerceptualLoss)
 
 
 # ---- Mistakes and files --------------------------------------------------------------------------
@@ -544,7 +626,10 @@ def test_mistakes_get_one_clear_line():
     raises(ValueError, "tokens must be (B, n) with 16", model.decode, tokens[:, :8])
     raises(ValueError, "noise must be (2, 3", model.decode, tokens, torch.zeros(3, 3, 32, 32))
     raises(ValueError, "labels must be in", small_ar().generate, torch.tensor([6]))
-    raises(ValueError, "prefix must be", small_ar().generate, torch.tensor([1]), None, some_tokens(2))
+    raises(ValueError, "a group must be (B, 4)", list, model.stream(tokens.split(8, 1)))
+    raises(ValueError, "--log-every must be", train_tokenizer.main, ["--preset", "toy",
+                                                                     "--log-every", "0"])
+    raises(ValueError, "prefix must be", small_ar().generate, torch.tensor([1]), None, tokens)
 
 
 def test_checkpoints_are_whole_or_refused():
@@ -561,17 +646,21 @@ def test_checkpoints_are_whole_or_refused():
             half = file.read(os.path.getsize(path) // 2)
         with open(path, "wb") as file:
             file.write(half)
-        raises(ValueError, "cannot be read", load_tokenizer, path)
+        raises(ValueError, "no readable checkpoint", load_tokenizer, path)
 
 
 def test_importing_does_nothing():
-    assert not any(name in sys.modules for name in ("lpips", "torchvision"))
+    code = ("import sys; sys.argv = ['x', '--odd']; import train_ar, sample; "
+            "assert not {'lpips', 'torchvision'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=os.path.dirname(os.path.abspath(__file__)))
+    assert done.returncode == 0 and done.stdout == "", done.stderr
 
 
 def main():
     tests = [(name, test) for name, test in globals().items() if name.startswith("test_")]
     failed = 0
-    for name, test in sorted(tests, key=lambda item: item[0] != "test_importing_does_nothing"):
+    for name, test in tests:
         began = time.time()
         try:
             test()

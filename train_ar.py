@@ -1,7 +1,7 @@
 """Trains the autoregressive model on the tokens of a trained tokenizer.
 
-    python train_ar.py --preset toy                               after train_tokenizer.py --preset toy
-    torchrun --nproc_per_node=8 train_ar.py --data DIR            the paper's D-AR-L; --size XL for XL
+    python train_ar.py --preset toy                      after train_tokenizer.py --preset toy
+    torchrun --nproc_per_node=8 train_ar.py --data DIR   the paper's D-AR-L; --size XL for XL
 
 The first run writes the tokens of all images, ten crops each, to one file; later runs read it. The
 paper's runs took 2 days (L) and 3 days (XL) on 16 A100 GPUs: 770 and 1,150 GPU-hours. Every setting
@@ -10,10 +10,9 @@ carry the tokenizer.
 """
 import copy
 import hashlib
-import json
 import os
-import time
 from dataclasses import asdict, dataclass, replace
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -27,20 +26,20 @@ from model_ar import AR, SIZES, ARConfig
 from model_tokenizer import (Tokenizer, build_config, center_crop, image_grid, load_checkpoint,
                              load_tokenizer, pack_tokenizer, resize_shorter, run, save_checkpoint,
                              to_tensor)
-from train_tokenizer import (Shuffle, forward_flops, join_processes, learning_rate, local_batch,
-                             open_data, parse_config, positions, seeded, update_ema, utilisation,
-                             write_log)
+from train_tokenizer import (Clock, Shuffle, forward_flops, join_processes, learning_rate,
+                             local_batch, open_data, parse_config, positions, seed_of, seeded,
+                             some_of, update_ema, utilisation, write_log)
 
 
 @dataclass
 class TrainConfig:
-    """Settings of a run. Defaults are the paper's, which follow RandAR; their source is in brackets."""
+    """Settings of a run. Defaults are the paper's (RandAR's); their source is in brackets."""
     out: str = "out/ar"              # folder of checkpoints, log and pictures
     data: str = "data/imagenet"      # folder of images, or "shapes": the built-in pictures
     tokenizer: str = "out/tokenizer/last.pt"  # checkpoint of the tokenizer
     codes: str = "out/codes"         # folder of the images' tokens, written by the first run
     size: str = "L"                  # B, L, XL, XXL or toy: see SIZES in model_ar.py (Sec. 4)
-    views: int = 10                  # crops of each image: 10, 2 (centre and mirrored) or 1 (RandAR)
+    views: int = 10                  # crops of each image: 10, 2 (centre, mirrored) or 1 (RandAR)
     steps: int = 375_000             # 300 epochs of ImageNet (Sec. 5)
     batch: int = 1024                # images a step, over all processes (Sec. 5)
     accumulate: int = 1              # backward passes a step; `batch` stays what it is
@@ -68,16 +67,16 @@ class TrainConfig:
 
 PRESETS = {
     "paper": (TrainConfig(),),
-    "toy": (TrainConfig(data="shapes", size="toy", views=1, steps=800, batch=64, lr=2e-3, lr_final=1e-4,
-                        warmup_steps=50, decay_steps=500, ema=0.98, dropout=0.0, cfg_end=3.0,
-                        workers=0, eval_every=400, save_every=200),)}
+    "toy": (TrainConfig(data="shapes", size="toy", views=1, steps=800, batch=64, lr=2e-3,
+                        lr_final=1e-4, warmup_steps=50, decay_steps=500, ema=0.98,
+                        dropout=0.0, cfg_end=3.0, workers=0, eval_every=400, save_every=200),)}
 
 
 # ---- Codes: the tokens of all images -------------------------------------------------------------
 
 def crop_view(image: Image.Image, size: int, view: int, views: int) -> Image.Image:
-    """One of `views` fixed crops of size x size pixels. 10: the corners and the centre after the shorter
-    side is resized to 1.1 x size (281 for 256), and their mirrors. 2: the centre crop and its mirror."""
+    """One of `views` fixed crops of size x size pixels. 10: the corners and the centre after the
+    shorter side is resized to 1.1 x size (281 for 256), and their mirrors. 2: centre, mirror."""
     if views == 10:
         image = resize_shorter(image, int(1.1 * size))
         right, low = image.width - size, image.height - size
@@ -89,51 +88,58 @@ def crop_view(image: Image.Image, size: int, view: int, views: int) -> Image.Ima
 
 
 class Views(torch.utils.data.Dataset):
-    """All crops of all images: item i is view i % views of image i // views, (3, H, W)."""
+    """All fixed crops of the images: item i is (views, 3, H, W)."""
 
     def __init__(self, source, size: int, views: int):
         self.source, self.size, self.views = source, size, views
 
     def __len__(self) -> int:
-        return len(self.source) * self.views
+        return len(self.source)
 
     def __getitem__(self, i: int) -> Tensor:
-        image = self.source[i // self.views][0]
-        return to_tensor(crop_view(image, self.size, i % self.views, self.views))
+        image = self.source[i][0]
+        return torch.stack([to_tensor(crop_view(image, self.size, view, self.views))
+                            for view in range(self.views)])
 
 
-def encode_all(tokenizer: Tokenizer, views: Views, first: int, last: int, workers: int) -> np.ndarray:
-    """Tokens (last - first, N) uint16 of items first ... last - 1, in float32."""
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(views, range(first, last)), 128,
-                                         num_workers=workers)
-    device, tokens = tokenizer.quantizer.codebook.device, np.zeros((0, tokenizer.config.num_tokens))
-    parts = [tokenizer.encode(images.to(device)).cpu().numpy() for images in loader]
-    return np.concatenate([tokens] + parts).astype(np.uint16)
+def encode_all(tokenizer: Tokenizer, views: Views, items: list[int],
+               workers: int) -> Iterator[np.ndarray]:
+    """Tokens (n * views, N) uint16 of the images `items`, batch by batch, in float32."""
+    device = tokenizer.quantizer.codebook.device
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(views, items),
+                                         max(1, 128 // views.views), num_workers=workers)
+    for images in loader:                                                    # (n, views, 3, H, W)
+        yield tokenizer.encode(images.flatten(0, 1).to(device)).cpu().numpy().astype(np.uint16)
 
 
-def read_codes(folder: str, tokenizer: Tokenizer, views: Views, workers: int, rank: int, world: int):
-    """Tokens (images * views, N) uint16, memory-mapped from a file in `folder` that the first call
-    writes, each process its share."""
-    path, done = os.path.join(folder, "codes.npy"), os.path.join(folder, "codes.json")
-    digest = hashlib.sha256()
+def read_codes(folder: str, tokenizer: Tokenizer, views: Views, workers: int, rank: int,
+               world: int) -> np.ndarray:
+    """Tokens (images * views, N) uint16, memory-mapped from a file in `folder`. The first call
+    writes it, each process its share; its name is a digest of the tokenizer and the images."""
+    digest = hashlib.sha256(str((views.views, vars(views.source))).encode())
     for value in tokenizer.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
-    facts = {"tokenizer": digest.hexdigest(), "images": len(views.source), "views": views.views}
-    if not os.path.exists(done) or json.load(open(done)) != facts:
+    path = os.path.join(folder, digest.hexdigest()[:16] + ".npy")
+    if not os.path.exists(path):
+        shape = len(views) * views.views, tokenizer.config.num_tokens
         if rank == 0:
-            print(f"codes: writing {len(views):,} x {tokenizer.config.num_tokens} tokens", flush=True)
+            print(f"codes: writing {shape[0]:,} x {shape[1]} tokens to {path}", flush=True)
             os.makedirs(folder, exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.uint16, (len(views), tokenizer.config.num_tokens))
+            np.lib.format.open_memmap(path + ".tmp", "w+", np.uint16, shape)
         if world > 1:
             dist.barrier()
         first, last = (len(views) * r // world for r in (rank, rank + 1))
-        codes = np.load(path, mmap_mode="r+")
-        codes[first:last] = encode_all(tokenizer, views, first, last, workers)
+        codes, row = np.load(path + ".tmp", mmap_mode="r+"), first * views.views
+        for tokens in encode_all(tokenizer, views, range(first, last), workers):
+            codes[row:row + len(tokens)] = tokens
+            row += len(tokens)
         codes.flush()
         if world > 1:
             dist.barrier()
         if rank == 0:
-            json.dump(facts, open(done, "w"))
+            os.replace(path + ".tmp", path)
+        if world > 1:
+            dist.barrier()
     return np.load(path, mmap_mode="r")
 
 
@@ -149,8 +155,10 @@ def token_loss(model: nn.Module, labels: Tensor, tokens: Tensor) -> tuple[Tensor
 @torch.no_grad()
 def evaluate(model: AR, labels: Tensor, tokens: Tensor) -> dict:
     """Loss and accuracy on held-out tokens (n, N) with labels (n,)."""
-    parts = [token_loss(model, *part) + (len(part[0]),) for part in zip(labels.split(64), tokens.split(64))]
-    loss, accuracy = (sum(part[i].item() * part[2] for part in parts) / len(labels) for i in (0, 1))
+    sums = torch.zeros(2, device=labels.device)
+    for part in zip(labels.split(64), tokens.split(64)):
+        sums += len(part[0]) * torch.stack(token_loss(model, *part))
+    loss, accuracy = (sums / len(labels)).tolist()
     return {"val_loss": loss, "val_accuracy": accuracy}
 
 
@@ -179,19 +187,21 @@ def main(argv: list[str] | None = None):
 
     # Data: the tokens of all images
     tokenizer = load_tokenizer(config.tokenizer, device)
+    if tokenizer.config.codebook_size > 2 ** 16:
+        raise ValueError("tokens are kept as uint16: the codebook must not exceed 65,536 rows")
     train, held_out = open_data(config.data, tokenizer.config.image_size)
     views = Views(train, tokenizer.config.image_size, config.views)
     codes = read_codes(config.codes, tokenizer, views, config.workers, rank, world)
     train_labels = np.array([train.label(i) for i in range(len(train))])
-    count = min(config.eval_images, len(held_out))
-    val_labels = torch.tensor([held_out.label(i) for i in range(count)], device=device)
-    val_tokens = encode_all(tokenizer, Views(held_out, views.size, 1), 0, count, config.workers)
-    val_tokens = torch.from_numpy(val_tokens.astype(np.int64)).to(device)    # (count, N)
+    chosen = some_of(config.eval_images, len(held_out))
+    val_labels = torch.tensor([held_out.label(i) for i in chosen], device=device)
+    val_tokens = encode_all(tokenizer, Views(held_out, views.size, 1), chosen, config.workers)
+    val_tokens = torch.from_numpy(np.concatenate(list(val_tokens)).astype(np.int64)).to(device)
 
     # Model and its running average
     architecture = replace(SIZES[config.size], num_tokens=tokenizer.config.num_tokens,
-                           vocab_size=tokenizer.config.codebook_size, num_classes=len(train.classes),
-                           dropout=config.dropout)
+                           vocab_size=tokenizer.config.codebook_size,
+                           num_classes=len(train.classes), dropout=config.dropout)
     torch.manual_seed(config.seed)
     model = AR(architecture).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else None
@@ -209,6 +219,13 @@ def main(argv: list[str] | None = None):
         saved = load_checkpoint(path, "ar", device)
         if build_config(ARConfig, saved["config"], path) != architecture:
             raise ValueError(f"{path} has another architecture; give --out with another folder")
+        if (ema is None) != (saved["ema"] is None):
+            raise ValueError(f"{path} was trained with another --ema; give --out with another "
+                             "folder")
+        if any(not torch.equal(saved["tokenizer"]["model"][name], value)
+               for name, value in tokenizer.state_dict().items()):
+            raise ValueError(f"{path} was trained on another tokenizer; give --out with another "
+                             "folder")
         model.load_state_dict(saved["model"])
         if ema is not None:
             ema.load_state_dict(saved["ema"])
@@ -216,31 +233,32 @@ def main(argv: list[str] | None = None):
         first_step = saved["step"]
     if master:
         os.makedirs(config.out, exist_ok=True)
-        print(f"ar: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} training "
-              f"images in {len(train.classes)} classes, step {first_step} of {config.steps}, "
-              f"{world} x {device}", flush=True)
+        print(f"ar: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} "
+              f"training images in {len(train.classes)} classes, step {first_step} of "
+              f"{config.steps}, {world} x {device}", flush=True)
 
     # Compile, distribute
     flops = 3 * forward_flops(model, val_labels[:1], val_tokens[:1]) if on_gpu else 0
     if config.compile and on_gpu:
         for block in model.blocks:
-            block.compile()
+            block.compile(dynamic=False)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # Loop
     places = positions(config, first_step, rank, world)
-    shuffle, began, seen = Shuffle(len(train), config.seed), time.time(), 0
+    shuffle, clock = Shuffle(len(train), config.seed), Clock(config)
     for step in range(first_step, config.steps):
         last = step == config.steps - 1
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
-        torch.manual_seed(int(np.random.SeedSequence((config.seed, 4, step, rank)).generate_state(1)[0]))
+        torch.manual_seed(seed_of(config.seed, 4, step, rank))               # views and dropouts
         for part in range(config.accumulate):
             chosen = np.array([shuffle[next(places)] for _ in range(micro)])  # (micro,)
             labels = torch.from_numpy(train_labels[chosen]).to(device)
             view = torch.randint(config.views, (micro,)).numpy()
-            tokens = torch.from_numpy(codes[chosen * config.views + view].astype(np.int64)).to(device)
+            tokens = codes[chosen * config.views + view].astype(np.int64)    # (micro, N)
+            tokens = torch.from_numpy(tokens).to(device)
             dropped = torch.rand(micro, device=device) < config.class_dropout
             labels = labels.masked_fill(dropped, architecture.num_classes)   # the null class
             if world > 1:
@@ -248,24 +266,26 @@ def main(argv: list[str] | None = None):
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 loss, accuracy = token_loss(ddp, labels, tokens)
             (loss / config.accumulate).backward()
+            clock.add({"loss": loss, "accuracy": accuracy})
         gradient = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
             update_ema(ema, model, config.ema)
-        seen += config.batch
 
-        if master and ((step + 1) % config.log_every == 0 or last):
-            rate = seen / (time.time() - began)
-            write_log(config, step=step + 1, loss=loss.item(), accuracy=accuracy.item(),
-                      gradient=gradient.item(), lr=learning_rate(step, config), images_per_s=rate,
+        if (step + 1) % config.log_every == 0 or last:
+            means, rate = clock.read()
+            write_log(config, master, step=step + 1, **means, gradient=gradient.item(),
+                      lr=learning_rate(step, config), images_per_s=rate,
                       **utilisation(rate * flops / world))
-            began, seen = time.time(), 0
+        clock.stop()
         if master and ((step + 1) % config.eval_every == 0 or last):
             averaged = model.eval() if ema is None else ema
-            write_log(config, step=step + 1, **evaluate(averaged, val_labels, val_tokens))
-            draw_samples(averaged, tokenizer, config).save(
-                os.path.join(config.out, f"samples_{step + 1:06d}.png"))
+            with torch.compiler.set_stance("force_eager"):  # other shapes than training's
+                write_log(config, master, step=step + 1,
+                          **evaluate(averaged, val_labels, val_tokens))
+                draw_samples(averaged, tokenizer, config).save(
+                    os.path.join(config.out, f"samples_{step + 1:06d}.png"))
             model.train()
         if master and ((step + 1) % config.save_every == 0 or last):
             save_checkpoint(path, {"kind": "ar", "config": asdict(architecture), "step": step + 1,
@@ -273,6 +293,7 @@ def main(argv: list[str] | None = None):
                                    "ema": None if ema is None else ema.state_dict(),
                                    "optimizer": optimizer.state_dict(), "classes": train.classes,
                                    "tokenizer": pack_tokenizer(tokenizer)})
+        clock.start()
     if master:
         print(f"ar: {path}")
     if dist.is_initialized():

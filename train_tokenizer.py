@@ -1,12 +1,12 @@
 """Trains the sequential diffusion tokenizer.
 
-    python train_tokenizer.py --preset toy                        built-in pictures, minutes on a CPU
-    torchrun --nproc_per_node=8 train_tokenizer.py --data DIR     the paper's run: ImageNet, 256 pixels
+    python train_tokenizer.py --preset toy                       built-in pictures, on a CPU
+    torchrun --nproc_per_node=8 train_tokenizer.py --data DIR    the paper's run: ImageNet at 256
     torchrun --nproc_per_node=4 train_tokenizer.py --data DIR --preset light    the ablation model
 
-DIR holds one sub-folder of images a class, or `train` and `val` folders of such. The paper's run took
-about 5 days on 16 A100 GPUs (1,900 GPU-hours), the ablation model 8 hours on 4. Every setting below
-is a flag; the same command continues where it stopped. Results are in `out/tokenizer`.
+DIR holds one sub-folder of images a class, or `train` and `val` folders of such. The paper's run
+took about 5 days on 16 A100 GPUs (1,900 GPU-hours), the ablation model 8 hours on 4. Every setting
+below is a flag; the same command continues where it stopped. Results are in `out/tokenizer`.
 """
 import argparse
 import colorsys
@@ -15,7 +15,8 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from typing import Iterator
 
 import numpy as np
@@ -28,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_tokenizer import (TOKENIZERS, Tokenizer, TokenizerConfig, build_config, center_crop,
-                             group_of, image_grid, load_checkpoint, resize_shorter, run,
-                             save_checkpoint, to_tensor)
+                             group_of, image_grid, load_checkpoint, pack_tokenizer,
+                             resize_shorter, run, save_checkpoint, to_tensor)
 
 
 @dataclass
@@ -53,12 +54,13 @@ class TrainConfig:
     lpips: float = 0.5               # weight of LPIPS (Eq. 7); 0: neither computed nor downloaded
     repa: float = 0.5                # weight of REPA (Eq. 7); 0: neither computed nor downloaded
     reseed_after: int = 0            # steps after which an unused codebook row becomes a random
-    #                                  encoder output; 0: never. Not in the paper: small runs need it
+    #                                  encoder output; 0: never. Not the paper's: for small runs
     resize_max: float = 1.25         # random crops: shorter side up to 1.25 x image_size (Sec. 5)
     flip: bool = True                # mirror half of the images (Sec. 5)
     workers: int = 8                 # processes that load images, for each training process
     compile: bool = True             # torch.compile the transformer blocks; CUDA only
     seed: int = 0
+    use_window: int = 100            # steps over which the logged codebook use is taken
     log_every: int = 100             # steps between log lines
     eval_every: int = 5000           # steps between pictures and held-out PSNR
     save_every: int = 2500           # steps between checkpoints
@@ -68,23 +70,28 @@ class TrainConfig:
 PRESETS = {  # name: (settings of the run, architecture)
     "paper": (TrainConfig(), TOKENIZERS["paper"]),
     "light": (TrainConfig(steps=50_000, batch=256), TOKENIZERS["light"]),  # App. III
-    "toy": (TrainConfig(data="shapes", steps=2400, batch=32, lr=2e-3, lr_final=1e-4, warmup_steps=50,
-                        decay_steps=1200, ema=0.99, lpips=0.0, repa=0.0, reseed_after=20,
-                        resize_max=1.0, flip=False, workers=0, eval_every=400, save_every=400,
-                        eval_images=200),
+    "toy": (TrainConfig(data="shapes", steps=2400, batch=32, lr=2e-3, lr_final=1e-4,
+                        warmup_steps=50, decay_steps=1200, ema=0.99, lpips=0.0,
+                        repa=0.0, reseed_after=20, resize_max=1.0, flip=False,
+                        workers=0, eval_every=400, save_every=400, eval_images=200),
             TOKENIZERS["toy"])}
 
 
 # ---- Settings, processes, schedule ---------------------------------------------------------------
 
 def parse_config(presets: dict, argv: list[str] | None = None) -> list:
-    """The dataclasses of the preset that --preset names, changed by a flag for each of their fields."""
-    parser = argparse.ArgumentParser(description="Each flag is a field of the dataclasses in the source.")
+    """The dataclasses of the preset that --preset names, changed by a flag for each field."""
+    parser = argparse.ArgumentParser(description="Each flag is a dataclass field; see the source.",
+                                     allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, default="paper")
     for field in (field for part in presets["paper"] for field in fields(part)):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"paper: {field.default}")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+        flag, text = "--" + field.name.replace("_", "-"), f"paper: {field.default}"
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag, type=field.type, help=text)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+             if value is not None}
     parts = presets[given.pop("preset")]
     return [replace(part, **{field.name: given[field.name] for field in fields(part)
                              if field.name in given}) for part in parts]
@@ -98,29 +105,58 @@ def join_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Processes wait for one another when one has written its share of the tokens long before.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def in_turn(build):
+    """build() in the first process of each node, then in the others, which find its downloads."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local:
+        dist.barrier()
+    built = build()
+    if not local and dist.is_initialized():
+        dist.barrier()
+    return built
+
+
 def local_batch(config, world: int) -> int:
-    """Images in one backward pass of one process. Raises ValueError if `batch` cannot be split so."""
+    """Images in one backward pass of one process. Raises ValueError for numbers that do not fit."""
+    for name in ("steps", "batch", "accumulate", "log_every", "eval_every", "save_every",
+                 "eval_images"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if config.batch % (world * config.accumulate):
-        raise ValueError(f"--batch {config.batch} cannot be split over {world} processes x --accumulate "
-                         f"{config.accumulate}; give a multiple of {world * config.accumulate}")
+        raise ValueError(f"--batch {config.batch} cannot be split over {world} processes x "
+                         f"--accumulate {config.accumulate}; give a multiple of "
+                         f"{world * config.accumulate}")
     return config.batch // (world * config.accumulate)
 
 
 def learning_rate(step: int, config) -> float:
-    """Of the optimizer step `step` = 0, 1, ...: linear warm-up, constant, linear fall at the end."""
+    """Of the optimizer step `step` = 0, 1, ...: linear warm-up, constant, linear fall."""
     rate = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     left = (config.steps - step) / max(config.decay_steps, 1)
     return rate if left >= 1 else config.lr_final + (rate - config.lr_final) * left
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed that is a function of the numbers: (seed, purpose, step), say."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 def seeded(*numbers: int, device="cpu") -> torch.Generator:
-    """A random generator that is a function of the numbers: (seed, step) or (seed, position), say."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(seed)
+    """A random generator that is a function of the numbers."""
+    return torch.Generator(device).manual_seed(seed_of(*numbers))
+
+
+def noise_like(images: Tensor, places: Tensor, seed: int) -> Tensor:
+    """Standard normal noise like images (B, 3, H, W), each of (seed, stream position)."""
+    device, shape = images.device, images.shape[1:]
+    return torch.stack([torch.randn(shape, device=device, generator=seeded(seed, 5, place,
+                                                                           device=device))
+                        for place in places.tolist()])
 
 
 def update_ema(ema: nn.Module, model: nn.Module, decay: float):
@@ -129,8 +165,44 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float):
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def write_log(config, **numbers):
-    """Prints one line and appends the same numbers to log.jsonl in the output folder."""
+class Clock:
+    """Means of the losses since the last reading, and the images a second that training took,
+    evaluation and saving left out. Adding never waits for the GPU."""
+
+    def __init__(self, config):
+        self.config, self.sums, self.added, self.seconds = config, {}, 0, 0.0
+        self.start()
+
+    def start(self):
+        self.began = time.time()
+
+    def stop(self):
+        self.seconds += time.time() - self.began
+
+    def add(self, losses: dict[str, Tensor]):
+        """Adds the losses of one backward pass."""
+        self.sums = {name: self.sums.get(name, 0.0) + value.detach()
+                     for name, value in losses.items()}
+        self.added += 1
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """Mean losses over passes and processes, and images a second; then starts anew."""
+        means = torch.stack(list(self.sums.values())) / self.added
+        if dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        means = dict(zip(self.sums, means.tolist()))
+        self.stop()
+        rate = self.added / self.config.accumulate * self.config.batch / self.seconds
+        self.sums, self.added, self.seconds = {}, 0, 0.0
+        self.start()
+        return means, rate
+
+
+def write_log(config, master: bool, **numbers):
+    """In the first process, prints one line and appends the same numbers to log.jsonl."""
+    if not master:
+        return
     print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                     for name, value in numbers.items()), flush=True)
     with open(os.path.join(config.out, "log.jsonl"), "a") as file:
@@ -155,8 +227,8 @@ def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
 # ---- Data ----------------------------------------------------------------------------------------
 
 class Shapes:
-    """The built-in data: pictures of one shape each, drawn by code. Picture i is a function of i alone
-    and shows class i mod 10; colours, place and size vary."""
+    """The built-in data: pictures of one shape each, drawn by code. Picture i is a function of i
+    alone and shows class i mod 10; colours, place and size vary."""
     classes = ["circle", "ring", "moon", "cross", "x", "triangle", "heart", "hourglass", "stripes",
                "checkers"]
 
@@ -171,20 +243,22 @@ class Shapes:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         rng, label = np.random.default_rng((0, self.first + i)), self.label(i)
-        shape = colorsys.hsv_to_rgb(rng.integers(6) / 6 + rng.uniform(0, 0.03), 0.85, rng.uniform(0.85, 1))
+        hue = rng.integers(6) / 6 + rng.uniform(0, 0.03)  # red, yellow, green, cyan, blue, magenta
+        shape = colorsys.hsv_to_rgb(hue, 0.85, rng.uniform(0.85, 1))
         ground = colorsys.hsv_to_rgb(rng.random(), 0.4, rng.uniform(0.05, 0.25))
         shape, ground = (tuple(int(255 * c) for c in colour) for colour in (shape, ground))
         unit = 4 * self.size / 32  # drawn 4 times larger, then averaged
+        (x, y), r = unit * (16 + rng.uniform(-1, 1, 2)), unit * rng.uniform(11.5, 13)
         picture = Image.new("RGB", (4 * self.size,) * 2, ground)
-        self.draw(self.classes[label], ImageDraw.Draw(picture), *(unit * (16 + rng.uniform(-1, 1, 2))),
-                  unit * rng.uniform(11.5, 13), shape, ground)
+        self.draw(self.classes[label], ImageDraw.Draw(picture), x, y, r, shape, ground)
         return picture.resize((self.size,) * 2, Image.Resampling.BOX), label
 
     @staticmethod
     def draw(name: str, pen, x: float, y: float, r: float, shape: tuple, ground: tuple):
         """Draws the named shape of radius r around (x, y)."""
-        def disc(dx, dy, radius, colour):
-            pen.ellipse((x + dx - radius, y + dy - radius, x + dx + radius, y + dy + radius), colour)
+        def disc(a, b, radius, colour):
+            a, b, radius = x + r * a, y + r * b, r * radius
+            pen.ellipse((a - radius, b - radius, a + radius, b + radius), colour)
 
         def polygon(*corners):
             pen.polygon([(x + r * a, y + r * b) for a, b in corners], shape)
@@ -193,11 +267,11 @@ class Shapes:
             polygon((left, top), (right, top), (right, bottom), (left, bottom))
 
         if name in ("circle", "ring", "moon"):
-            disc(0, 0, r, shape)
+            disc(0, 0, 1, shape)
             if name == "ring":
-                disc(0, 0, 0.6 * r, ground)
+                disc(0, 0, .6, ground)
             if name == "moon":
-                disc(0.5 * r, -0.25 * r, 0.8 * r, ground)
+                disc(.5, -.25, .8, ground)
         elif name == "cross":
             box(-.3, -1, .3, 1)
             box(-1, -.3, 1, .3)
@@ -207,8 +281,8 @@ class Shapes:
         elif name == "triangle":
             polygon((0, -1), (1, .9), (-1, .9))
         elif name == "heart":
-            disc(-.47 * r, -.35 * r, .53 * r, shape)
-            disc(.47 * r, -.35 * r, .53 * r, shape)
+            disc(-.47, -.35, .53, shape)
+            disc(.47, -.35, .53, shape)
             polygon((-.93, -.1), (.93, -.1), (0, 1.05))
         elif name == "hourglass":
             polygon((-1, -1), (1, -1), (-1, 1), (1, 1))
@@ -224,7 +298,8 @@ class Folder:
     """Images in one sub-folder a class, the classes in sorted order. Raises ValueError if none."""
     endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-    def __init__(self, root: str):
+    def __init__(self, root: str, size: int):
+        self.size = size
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         self.items = [(os.path.join(root, name, file), label)
                       for label, name in enumerate(self.classes)
@@ -241,9 +316,12 @@ class Folder:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         path, label = self.items[i]
-        image = Image.open(path)
-        image.draft("RGB", (512, 512))  # large JPEGs are decoded at a fraction of their size
-        return image.convert("RGB"), label
+        try:
+            image = Image.open(path)
+            image.draft("RGB", (2 * self.size,) * 2)  # large JPEGs are decoded at a fraction
+            return image.convert("RGB"), label
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as an image ({error})") from None
 
 
 def open_data(data: str, size: int) -> tuple:
@@ -252,28 +330,37 @@ def open_data(data: str, size: int) -> tuple:
     if data == "shapes":
         return Shapes(0, 20_000, size), Shapes(1_000_000, 1_000, size)
     if not os.path.isdir(data):
-        raise FileNotFoundError(f"no folder {data}; give --data DIR with one sub-folder of images a "
-                                "class, or --preset toy for the built-in pictures")
+        raise FileNotFoundError(f"no folder {data}; give --data DIR with one sub-folder of images "
+                                "a class, or --preset toy for the built-in pictures")
     if os.path.isdir(os.path.join(data, "train")) and os.path.isdir(os.path.join(data, "val")):
-        return Folder(os.path.join(data, "train")), Folder(os.path.join(data, "val"))
-    train, held_out = Folder(data), Folder(data)
+        train, held_out = (Folder(os.path.join(data, part), size) for part in ("train", "val"))
+        if train.classes != held_out.classes:
+            raise ValueError(f"{data}/train and {data}/val hold different classes")
+        return train, held_out
+    train, held_out = Folder(data, size), Folder(data, size)
     held_out.items = train.items[::100]
     train.items = [item for i, item in enumerate(train.items) if i % 100] or held_out.items
     return train, held_out
 
 
+def some_of(count: int, total: int) -> list[int]:
+    """Up to `count` of `total` items, always the same ones, from all over the list."""
+    return np.random.default_rng(0).permutation(total)[:count].tolist()
+
+
 def random_crop(image: Image.Image, size: int, resize_max: float, flip: bool, rng) -> Image.Image:
-    """A random square of size x size pixels after the shorter side is resized to size ... resize_max x
-    size, mirrored half of the time if `flip`."""
+    """A random square of size x size pixels after the shorter side is resized to size ...
+    resize_max x size, mirrored half of the time if `flip`."""
     image = resize_shorter(image, int(rng.integers(size, int(size * resize_max) + 1)))
     left, top = rng.integers(image.width - size + 1), rng.integers(image.height - size + 1)
     image = image.crop((left, top, left + size, top + size))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and rng.random() < 0.5 else image
+    mirrored = flip and rng.random() < 0.5
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
 class Shuffle:
-    """Endless shuffled epochs of `count` items. What stands at `position` = 0, 1, ... is a function of
-    (seed, position): a resumed run sees what the uninterrupted one would, on any number of processes."""
+    """Endless shuffled epochs of `count` items. What stands at `position` = 0, 1, ... is a function
+    of (seed, position): a resumed run sees what the uninterrupted one would, on any processes."""
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed, self.epoch, self.order = count, seed, -1, None
@@ -287,7 +374,7 @@ class Shuffle:
 
 
 class Stream(torch.utils.data.Dataset):
-    """Training images in the order of `Shuffle`, randomly cropped by a generator of (seed, position)."""
+    """Training images in the order of `Shuffle`, with random crops from (seed, position)."""
 
     def __init__(self, source, config, size: int):
         self.source, self.config, self.size = source, config, size
@@ -321,16 +408,17 @@ def batches(stream: Stream, config, first_step: int, rank: int, world: int, devi
 # ---- Losses and the codebook ---------------------------------------------------------------------
 
 class PerceptualLoss(nn.Module):
-    """LPIPS with VGG, frozen, in eval mode and float32 (Eq. 7). Raises ValueError without weights."""
+    """LPIPS with VGG, frozen, in eval mode and float32 (Eq. 7). Raises ValueError offline."""
 
     def __init__(self):
         super().__init__()
         import lpips
         try:
             self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-        except OSError as error:
-            raise ValueError(f"LPIPS needs vgg16-397923af.pth of download.pytorch.org in "
-                             f"{torch.hub.get_dir()}/checkpoints ({error}); --lpips 0 trains without") from None
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"LPIPS needs download.pytorch.org/models/vgg16-397923af.pth in "
+                             f"{torch.hub.get_dir()}/checkpoints ({error}); "
+                             "--lpips 0 trains without") from None
 
     def forward(self, predicted: Tensor, images: Tensor) -> Tensor:
         """Mean distance of images (B, 3, H, W) in [-1, 1]."""
@@ -339,16 +427,18 @@ class PerceptualLoss(nn.Module):
 
 
 class RepaLoss(nn.Module):
-    """1 - cosine to DINOv2-B/14 patch features (Sec. 4, Eq. 7). Raises ValueError without weights."""
+    """1 - cosine to DINOv2-B/14 patch features (Sec. 4, Eq. 7). Raises ValueError offline."""
 
     def __init__(self):
         super().__init__()
         try:
             net = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", verbose=False)
-        except OSError as error:
-            raise ValueError(f"REPA needs the repository facebookresearch/dinov2 in {torch.hub.get_dir()} "
-                             f"and dinov2_vitb14_pretrain.pth of dl.fbaipublicfiles.com/dinov2 in its "
-                             f"folder checkpoints ({error}); --repa 0 trains without") from None
+        except (OSError, RuntimeError) as error:
+            raise ValueError("REPA needs github.com/facebookresearch/dinov2 (branch main) as "
+                             f"{torch.hub.get_dir()}/facebookresearch_dinov2_main, and "
+                             "dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/"
+                             f"dinov2_vitb14_pretrain.pth in {torch.hub.get_dir()}/checkpoints "
+                             f"({error}); --repa 0 trains without") from None
         self.net = net.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
@@ -364,10 +454,12 @@ class RepaLoss(nn.Module):
 
 
 class CodebookUse:
-    """How many steps each codebook row has gone unused, over all processes."""
+    """How long each codebook row has gone unused, over all processes. idle: (V,) steps since it was
+    used; age: (V,) steps since it was used or re-seeded."""
 
     def __init__(self, size: int, device):
-        self.idle = torch.zeros(size, dtype=torch.long, device=device)       # (V,)
+        self.idle = torch.full((size,), 2 ** 40, device=device)              # never used yet
+        self.age = torch.zeros_like(self.idle)
 
     def update(self, tokens: Tensor):
         """Counts one more step, in which this process saw `tokens` (any shape)."""
@@ -376,6 +468,7 @@ class CodebookUse:
         if dist.is_initialized():
             dist.all_reduce(used, dist.ReduceOp.MAX)
         self.idle = torch.where(used > 0, 0, self.idle + 1)
+        self.age = torch.where(used > 0, 0, self.age + 1)
 
     def share(self, window: int) -> float:
         """Share of the codebook used in the last `window` steps."""
@@ -383,23 +476,23 @@ class CodebookUse:
 
     @torch.no_grad()
     def reseed(self, after: int, z: Tensor, generator: torch.Generator, *codebooks: Tensor):
-        """Sets rows that went unused for `after` steps to random rows of z (B, N, 8), in all
-        `codebooks` (V, 8) and alike on all processes."""
+        """Sets rows of age `after` to random rows of z (B, N, 8), in all `codebooks` (V, 8), on all
+        processes alike."""
         z = F.normalize(z.flatten(0, 1).float(), dim=-1)                     # (B N, 8)
         chosen = torch.randint(len(z), self.idle.shape, generator=generator, device=z.device)
         fresh = z[chosen]                                                    # (V, 8)
         if dist.is_initialized():
             dist.broadcast(fresh, 0)
-        dead = self.idle >= after
+        dead = self.age >= after
         for codebook in codebooks:
             codebook.copy_(torch.where(dead[:, None], fresh, codebook))
-        self.idle = torch.where(dead, 0, self.idle)
+        self.age = torch.where(dead, 0, self.age)
 
 
 @torch.no_grad()
 def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[float, Image.Image]:
-    """PSNR in dB of reconstructions of images (B, 3, H, W), and a picture of the first 8: the original,
-    then the previews after each group of tokens."""
+    """PSNR in dB of reconstructions of images (B, 3, H, W), and a picture of the first 8: the
+    original, then the previews after each group of tokens."""
     noise = torch.randn(images.shape, generator=seeded(seed, 3)).to(images.device)
     tokens, size = model.encode(images), model.config.num_tokens // model.config.num_groups
     previews = [images] + list(model.stream(tokens.split(size, 1), noise))
@@ -426,19 +519,20 @@ def main(argv: list[str] | None = None):
     train, held_out = open_data(config.data, architecture.image_size)
     stream = Stream(train, config, architecture.image_size)
     shown = torch.stack([to_tensor(center_crop(held_out[i][0], architecture.image_size))
-                         for i in range(min(config.eval_images, len(held_out)))]).to(device)
+                         for i in some_of(config.eval_images, len(held_out))]).to(device)
 
     # Model, its running average, and the losses outside it
     torch.manual_seed(config.seed)
     model = Tokenizer(architecture).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    lpips = PerceptualLoss().to(device) if config.lpips else None
-    repa = RepaLoss().to(device) if config.repa else None
+    lpips = in_turn(PerceptualLoss).to(device) if config.lpips else None
+    repa = in_turn(RepaLoss).to(device) if config.repa else None
     weights = {"flow": 1.0, "vq": config.vq, "lpips": config.lpips, "repa": config.repa}
     use = CodebookUse(architecture.codebook_size, device)
 
     # Optimizer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr,
+                                  betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
 
     # Resume
@@ -450,23 +544,24 @@ def main(argv: list[str] | None = None):
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
-        use.idle, first_step = saved["idle"], saved["step"]
+        use.idle, use.age, first_step = saved["idle"], saved["age"], saved["step"]
     if master:
         os.makedirs(config.out, exist_ok=True)
-        print(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} "
-              f"training images in {len(train.classes)} classes, step {first_step} of {config.steps}, "
-              f"{world} x {device}", flush=True)
+        print(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{len(train):,} training images in {len(train.classes)} classes, step {first_step} "
+              f"of {config.steps}, {world} x {device}", flush=True)
 
     # Compile, distribute
     blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.diffusion.blocks]
     flops = 3 * forward_flops(model, shown[:1], shown.new_zeros(1), shown[:1]) if on_gpu else 0
     if config.compile and on_gpu:
         for block in blocks:
-            block.compile()
+            block.compile(dynamic=False)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # Loop
-    data, began, seen = batches(stream, config, first_step, rank, world, device), time.time(), 0
+    data = batches(stream, config, first_step, rank, world, device)
+    clock = Clock(config)
     for step in range(first_step, config.steps):
         last = step == config.steps - 1
         for group in optimizer.param_groups:
@@ -474,50 +569,51 @@ def main(argv: list[str] | None = None):
 
         # All processes draw the times of the whole batch, so that each knows how many tokens count.
         u = torch.rand(config.batch, generator=seeded(config.seed, 4, step))
-        counts = group_of(u, architecture.num_groups) + 1
-        outputs = []
+        counts = group_of(u, architecture.num_groups) + 1.0                  # in groups
+        counts *= len(counts) / counts.sum()                                 # 1 on average
+        tokens = []
         for part in range(config.accumulate):
             images, _, places = next(data)
             mine = places - step * config.batch                              # (micro,)
-            noise = torch.stack([torch.randn(images.shape[1:], device=device, generator=seeded(
-                config.seed, 5, int(place), device=device)) for place in places])
+            noise = noise_like(images, places, config.seed)
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 output = ddp(images, u[mine].to(device), noise)
                 losses = {"flow": output.flow_loss,
-                          "vq": output.vq_loss * (counts[mine].sum() / counts.sum() * config.batch / micro)}
+                          "vq": output.vq_loss * counts[mine].mean()}
                 if lpips is not None:
                     losses["lpips"] = lpips(output.images, images)
                 if repa is not None:
                     losses["repa"] = repa(output.repa, images)
                 loss = sum(weights[name] * value for name, value in losses.items())          # Eq. 7
             (loss / config.accumulate).backward()
-            outputs.append(output)
+            tokens.append(output.tokens)
+            clock.add(losses)
         gradient = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, config.ema)
-        use.update(torch.cat([output.tokens for output in outputs]))
+        use.update(torch.cat(tokens))
         if config.reseed_after:
-            use.reseed(config.reseed_after, outputs[-1].z.detach(), seeded(config.seed, 6, step, device=device),
+            use.reseed(config.reseed_after, output.z, seeded(config.seed, 6, step, device=device),
                        model.quantizer.codebook, ema.quantizer.codebook)
-        seen += config.batch
 
-        if master and ((step + 1) % config.log_every == 0 or last):
-            rate = seen / (time.time() - began)
-            write_log(config, step=step + 1, **{name: value.item() for name, value in losses.items()},
-                      gradient=gradient.item(), lr=learning_rate(step, config), images_per_s=rate,
-                      codebook=use.share(100), **utilisation(rate * flops / world))
-            began, seen = time.time(), 0
+        if (step + 1) % config.log_every == 0 or last:
+            means, rate = clock.read()
+            write_log(config, master, step=step + 1, **means, gradient=gradient.item(),
+                      lr=learning_rate(step, config), images_per_s=rate,
+                      codebook=use.share(config.use_window), **utilisation(rate * flops / world))
+        clock.stop()
         if master and ((step + 1) % config.eval_every == 0 or last):
             psnr, picture = evaluate(ema, shown, config.seed)
             picture.save(os.path.join(config.out, f"reconstructions_{step + 1:06d}.png"))
-            write_log(config, step=step + 1, psnr=psnr)
+            write_log(config, master, step=step + 1, psnr=psnr)
         if master and ((step + 1) % config.save_every == 0 or last):
-            save_checkpoint(path, {"kind": "tokenizer", "config": asdict(architecture), "step": step + 1,
-                                   "model": model.state_dict(), "ema": ema.state_dict(),
-                                   "optimizer": optimizer.state_dict(), "idle": use.idle})
+            save_checkpoint(path, {**pack_tokenizer(model), "ema": ema.state_dict(),
+                                   "optimizer": optimizer.state_dict(), "step": step + 1,
+                                   "idle": use.idle, "age": use.age})
+        clock.start()
     if master:
         print(f"tokenizer: {path}")
     if dist.is_initialized():
