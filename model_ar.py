@@ -8,7 +8,10 @@ q_N of the tokenizer; the model is trained on the next one (Eq. 6) and generates
 Letters: B batch, N tokens an image, D width, V vocabulary, h heads, d head width, `pos` the
 position in the sequence (the class token has pos 0). "Sec." and "Eq." are the paper's.
 """
+import argparse
 import os
+import re
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -242,19 +245,77 @@ class AR(nn.Module):
         return tokens
 
 
-def load_ar(path: str, device="cpu") -> AR:
-    """The model of a checkpoint of train_ar.py, with averaged weights if there are any, in eval
-    mode. Only tensors and plain data are unpickled. Raises FileNotFoundError, ValueError."""
+# ---- Files ---------------------------------------------------------------------------------------
+
+RELEASED_NAMES = (  # a tensor's name in the authors' files -> ours: these replacements
+    ("cls_embedding.embedding_table.", "class_embedding."), ("tok_embeddings.", "token_embedding."),
+    ("layers.", "blocks."), (".wqkv.", ".qkv."), (".wo.", ".out."), ("output.", "head."),
+    ("feed_forward.w1.", "ffn.gate."), ("feed_forward.w3.", "ffn.up."),
+    ("feed_forward.w2.", "ffn.down."))
+
+
+def translate(saved: dict, source: str) -> dict:
+    """The weights in one of the authors' files under our names."""
+    keys = [key for key in ("ema", "model", "module", "state_dict") if saved.get(key)]
+    weights = {}
+    for name, value in (saved[keys[0]] if keys else saved).items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{source} holds no weights: {name} is no tensor")
+        name = name.replace("_orig_mod.", "").removeprefix("module.")
+        for theirs, ours in RELEASED_NAMES:
+            name = name.replace(theirs, ours)
+        if name in weights:
+            raise ValueError(f"{source} holds {name} twice")
+        weights[name] = value
+    return weights
+
+
+def released_config(weights: dict, num_tokens: int, source: str) -> ARConfig:
+    """The architecture of translated weights, from their shapes; heads are 64 wide (released
+    code)."""
+    for name in ("token_embedding.weight", "class_embedding.weight"):
+        if name not in weights or weights[name].ndim != 2 or weights[name].shape[1] % 64:
+            raise ValueError(f"{source} is no autoregressive model of the authors: it needs a "
+                             f"matrix {name} of a width that is a multiple of 64")
+    vocabulary, width = weights["token_embedding.weight"].shape
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return ARConfig(depth=depth, width=width, heads=width // 64, num_tokens=num_tokens,
+                    vocab_size=vocabulary, num_classes=len(weights["class_embedding.weight"]) - 1)
+
+
+class _ReleasedSettings:
+    """Stands for the class config_util.Config of the authors' files."""
+
+
+def load_ar(path: str, device="cpu", num_tokens: int = 256) -> AR:
+    """The model in a checkpoint of train_ar.py, with averaged weights if there are any, or in one
+    of the authors' files (D-AR-L-360K.pt, D-AR-XL-360K.pt, bare state dicts); in eval mode.
+
+    num_tokens: tokens an image, which the authors' files do not tell. Nothing is unpickled but
+    tensors, plain data and the authors' two classes of settings. Raises FileNotFoundError and
+    ValueError, which lists the tensors that do not fit.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
+    allowed = [argparse.Namespace, (_ReleasedSettings, "config_util.Config")]
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds here: truncated, not a zip, not plain data
-        reason = str(error).splitlines()[0]
+        with torch.serialization.safe_globals(allowed):
+            saved = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises many kinds: truncated, not a zip, other objects
+        found = re.search(r"(?:GLOBAL |class )([\w.]+)", str(error))
+        reason = f"it holds an object of {found[1]}" if found else "truncated, or another format"
         raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
-    found = saved.get("kind") if isinstance(saved, dict) else None
-    if found != "ar":
-        raise ValueError(f"{path} is not a checkpoint of kind 'ar' (found: {found!r})")
-    model = AR(ARConfig(**saved["config"]))
-    model.load_state_dict(saved["ema"] or saved["model"])
+    kind = saved.get("kind", "ar") if isinstance(saved, dict) else type(saved).__name__
+    if kind != "ar":
+        raise ValueError(f"{path} is not a checkpoint of kind 'ar' (found: {kind!r})")
+    if "kind" in saved:
+        config, weights = ARConfig(**saved["config"]), saved["ema"] or saved["model"]
+    else:
+        weights = translate(saved, path)
+        config = released_config(weights, num_tokens, path)
+    model = AR(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # missing, surplus and misshapen tensors
+        raise ValueError(f"{path} does not fit: {' '.join(str(error).split())}") from None
     return model.eval().to(device)

@@ -15,9 +15,11 @@ d head width, h heads. Images are RGB in [-1, 1]. Flow time t: t = 0 is noise, t
 u is the time before the shift of Eq. 8. "Sec." and "Eq." are the paper's; "released code" is the
 authors' public release.
 """
+import argparse
 import functools
 import math
 import os
+import re
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields
@@ -33,10 +35,12 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 @dataclass
 class TokenizerConfig:
-    """Architecture. Weights belong to one setting of it; only `image_size` may be changed later."""
+    """Architecture. Weights belong to one setting of it; only `image_size` and `num_steps` may be
+    changed later."""
     image_size: int = 256        # pixels a side (Sec. 5)
     num_tokens: int = 256        # N, query tokens an image (Sec. 4)
     num_groups: int = 8          # K, groups = denoising steps (Sec. 4, Table 5 of the appendix)
+    num_steps: int = 0           # default denoising steps of `decode`; 0: K (Sec. 4)
     codebook_size: int = 16384   # V (Sec. 4)
     code_dim: int = 8            # width of a codebook row (Sec. 4)
     patch_size: int = 16         # pixels a side of an encoder patch (Sec. 4)
@@ -60,7 +64,8 @@ class TokenizerConfig:
 
     def __post_init__(self):
         need = [
-            (self.num_tokens % self.num_groups == 0, "num_tokens must be a multiple of num_groups"),
+            (self.num_groups > 0 and self.num_tokens % self.num_groups == 0,
+             "num_tokens must be a multiple of num_groups"),
             (self.num_tokens <= self.max_tokens, "num_tokens must not exceed max_tokens"),
             (self.image_size % self.patch_size == 0, "image_size must be a multiple of patch_size"),
             (self.image_size % self.diffusion_patch == 0,
@@ -68,6 +73,7 @@ class TokenizerConfig:
             (self.head_dim % 4 == 0, "head_dim must be a multiple of 4, for the two axes of RoPE"),
             (0 <= self.repa_depth < self.diffusion_depth,
              "repa_depth must be below diffusion_depth (0: no REPA head)"),
+            (self.num_steps >= 0, "num_steps must be 0 or more"),
             (self.sigma > 0 and self.beta > 0, "sigma and beta must be positive")]
         need += [(width % self.head_dim == 0, "widths must be multiples of head_dim")
                  for width in (self.encoder_width, self.decoder_width, self.diffusion_width)]
@@ -127,8 +133,7 @@ class Step(NamedTuple):
 
 
 def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> list[Step]:
-    """Steps at u = i / steps (Eq. 8); those of the first `groups` groups only, the last jumps to t
-    = 1.
+    """Steps at u = i / steps (Eq. 8) of the first `groups` groups; the last one jumps to t = 1.
 
     With steps = num_groups, every group is used exactly once.
     """
@@ -512,12 +517,13 @@ class Tokenizer(nn.Module):
         """Images (B, 3, H, W), in [-1, 1] up to overshoot, of tokens (B, n) int64.
 
         noise: (B, 3, H, W) starting point, standard normal; None draws one. steps: denoising steps,
-        default K. solver: "adams2" or "euler". groups: read only the tokens of the first `groups`
-        groups, whose last step jumps to t = 1; default K. n must reach to the end of these groups.
+        default K (or the config's num_steps). solver: "adams2" or "euler". groups: read only the
+        tokens of the first `groups` groups, whose last step jumps to t = 1; default K. n must reach
+        to the end of these groups.
         Raises ValueError for other shapes or values. Sec. 4, "Sampling".
         """
         config = self.config
-        steps = config.num_groups if steps is None else steps
+        steps = config.num_steps or config.num_groups if steps is None else steps
         groups = config.num_groups if groups is None else groups
         if steps < 1 or not 1 <= groups <= config.num_groups:
             raise ValueError(f"need steps >= 1 and 1 <= groups <= {config.num_groups}, "
@@ -537,9 +543,8 @@ class Tokenizer(nn.Module):
     def stream(self, token_groups: Iterable[Tensor], noise: Tensor | None = None,
                solver: str = "adams2") -> Iterator[Tensor]:
         """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
-        (B, 3, H, W): the image that the velocity points at. The K-th is the image `decode` gives.
-
-        The steps are those of `decode` with steps = K; a preview costs no network call. Sec. 3.3.
+        (B, 3, H, W): the image that the velocity points at. The K-th is the image that `decode`
+        with steps = K gives. A preview costs no network call. Sec. 3.3.
         """
         config = self.config
         groups = config.num_groups
@@ -557,7 +562,7 @@ class Tokenizer(nn.Module):
             yield (x if step is schedule[-1] else preview) / config.sigma
 
 
-# ---- Pixels, files, scripts ----------------------------------------------------------------------
+# ---- Pixels and files ----------------------------------------------------------------------------
 
 def to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
@@ -609,30 +614,43 @@ def save_checkpoint(path: str, checkpoint: dict):
     os.replace(path + ".tmp", path)
 
 
-def load_checkpoint(path: str, kind: str, device="cpu") -> dict:
-    """The dict that `save_checkpoint` wrote, its tensors on `device`; nothing but tensors and plain
-    data is unpickled. kind: "tokenizer", "ar", or "" for either. Raises FileNotFoundError,
-    ValueError."""
+class _ReleasedSettings:
+    """Stands for the class config_util.Config of the authors' files; its plain dict is `_data`."""
+
+
+def read_file(path: str, device="cpu") -> dict:
+    """The dict in a checkpoint of ours or the authors', its tensors on `device`. Nothing is
+    unpickled but tensors, plain data and the authors' two classes of settings. Raises
+    FileNotFoundError and ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
+    allowed = [argparse.Namespace, (_ReleasedSettings, "config_util.Config")]
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True,
-                                mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds here: truncated, not a zip, not plain data
-        reason = str(error).splitlines()[0]
+        with torch.serialization.safe_globals(allowed):
+            saved = torch.load(path, device, weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises many kinds: truncated, not a zip, other objects
+        found = re.search(r"(?:GLOBAL |class )([\w.]+)", str(error))
+        reason = f"it holds an object of {found[1]}" if found else "truncated, or another format"
         raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if found not in ([kind] if kind else ["tokenizer", "ar"]):
-        raise ValueError(f"{path} is not a checkpoint of kind {kind!r} (found: {found!r})")
-    return checkpoint
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds no dict")
+    return saved
+
+
+def load_checkpoint(path: str, kind: str, device="cpu") -> dict:
+    """The dict that `save_checkpoint` wrote. kind: "tokenizer" or "ar". Raises as `read_file`."""
+    saved = read_file(path, device)
+    if saved.get("kind") != kind:
+        raise ValueError(f"{path} is not a checkpoint of kind {kind!r} "
+                         f"(found: {saved.get('kind')!r})")
+    return saved
 
 
 def build_config(cls, values: dict, source: str):
-    """A config dataclass from saved values, complaining by name about missing and unknown ones."""
-    names = {field.name for field in fields(cls)}
-    if names != set(values):
-        raise ValueError(f"{source}: {cls.__name__} settings differ from this code's: "
-                         f"{sorted(names ^ set(values))}")
+    """A config dataclass from saved values; raises a ValueError that names unknown ones."""
+    unknown = set(values) - {field.name for field in fields(cls)}
+    if unknown:
+        raise ValueError(f"{source}: this code has no setting {', '.join(sorted(unknown))}")
     return cls(**values)
 
 
@@ -641,19 +659,146 @@ def pack_tokenizer(model: Tokenizer) -> dict:
     return {"kind": "tokenizer", "config": asdict(model.config), "model": model.state_dict()}
 
 
-def unpack_tokenizer(packed: dict, source: str) -> Tokenizer:
-    """The tokenizer of a dict from `pack_tokenizer`; the averaged weights where there are any."""
-    model = Tokenizer(build_config(TokenizerConfig, packed["config"], source))
-    model.load_state_dict(packed.get("ema") or packed["model"])
-    return model.eval()
-
-
 def load_tokenizer(path: str, device="cpu") -> Tokenizer:
-    """The tokenizer of a checkpoint of train_tokenizer.py, with averaged weights, or the one that a
-    checkpoint of train_ar.py carries; in eval mode. Raises FileNotFoundError and ValueError."""
-    saved = load_checkpoint(path, "")
-    return unpack_tokenizer(saved.get("tokenizer", saved), path).to(device)
+    """The tokenizer in a checkpoint of train_tokenizer.py or train_ar.py, or in one of the authors'
+    files (D-AR-tokenizer_v1.pt, bare state dicts); with averaged weights where there are any, in
+    eval mode. Raises FileNotFoundError and ValueError, which lists the tensors that do not fit."""
+    saved = read_file(path)
+    if "kind" in saved:
+        packed = saved.get("tokenizer", saved)
+        config = build_config(TokenizerConfig, packed["config"], path)
+        weights = packed.get("ema") or packed["model"]
+    else:
+        weights = translate(saved, path)
+        config = released_config(saved, weights, path)
+    model = Tokenizer(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # missing, surplus and misshapen tensors
+        raise ValueError(f"{path} does not fit: {' '.join(str(error).split())}") from None
+    return model.eval().to(device)
 
+
+# ---- The authors' files --------------------------------------------------------------------------
+
+RELEASED_NAMES = (  # a tensor's name in the authors' files -> ours: these replacements, in order
+    ("encoder_layers.", "encoder.blocks."), ("patchify.", "encoder.from_pixels."),
+    ("query_embedding.weight", "encoder.query_table"), ("query_linear.", "encoder.query_up."),
+    ("quant_in_conv.", "encoder.to_code."), ("quantize.embedding.weight", "quantizer.codebook"),
+    ("quant_out_conv.", "decoder.from_code."), ("decoder_embedding.weight", "decoder.positions"),
+    ("decoder_layers.", "decoder.blocks."), ("diff_decoder.net.repa_out.", "repa_head.layers."),
+    ("diff_decoder.net.cond_mlp.", "diffusion.from_cond."),
+    ("diff_decoder.net.conv_in.", "diffusion.from_pixels."),
+    ("diff_decoder.net.conv_out.", "diffusion.to_pixels."),
+    ("diff_decoder.net.blocks.", "diffusion.blocks."), (".cross_attn.", ".cross_attention."),
+    (".proj.", ".out."), (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.2."),
+    (".time_embed.mlp.", ".time_mlp."), (".cond_embed.", ".cond_mlp."),
+    (".adaLN_modulation.1.", ".modulation."))
+
+
+RELEASED_SETTINGS = {  # our field: its name in the authors' configuration
+    "image_size": "sampling_resolution", "num_tokens": "num_all_queries",
+    "num_groups": "num_query_groups", "num_steps": "num_denoising_steps",
+    "codebook_size": "vq_codebook_size", "code_dim": "vq_dim", "patch_size": "encoder_patch_size",
+    "encoder_width": "encoder_dim", "encoder_depth": "num_encoder_layers",
+    "decoder_width": "decoder_dim", "decoder_depth": "num_decoder_layers",
+    "diffusion_width": "diff_decoder.dim", "diffusion_depth": "diff_decoder.depth",
+    "diffusion_patch": "diff_decoder.patch_size", "sigma": "diff_decoder.data_std",
+    "beta": "diff_decoder.time_shift", "repa_depth": "diff_decoder.repa_layer"}
+
+RELEASED_FIXED = {  # settings of theirs that have one value here
+    "vq_enable": True, "query_low_rank": True, "rope_base_len": 10000, "output_resolution": 0,
+    "diff_decoder.in_dim": 3, "diff_decoder.out_dim": 3, "diff_decoder.mlp_head": False,
+    "diff_decoder.share_time_encoding": False, "diff_decoder.rope_base_len": 10000}
+
+RELEASED_SHAPES = {  # our field: a tensor, and its axis of that size
+    "codebook_size": ("quantizer.codebook", 0), "code_dim": ("quantizer.codebook", 1),
+    "encoder_width": ("encoder.query_up.weight", 0), "query_rank": ("encoder.query_table", 1),
+    "max_tokens": ("encoder.query_table", 0), "decoder_width": ("decoder.from_code.weight", 0),
+    "diffusion_width": ("diffusion.from_pixels.weight", 0),
+    "head_dim": ("diffusion.blocks.0.attention.q_norm.weight", 0),
+    "repa_hidden": ("repa_head.layers.0.weight", 0), "repa_dim": ("repa_head.layers.4.weight", 0)}
+
+
+def translate(saved: dict, source: str) -> dict:
+    """The weights in one of the authors' files under our names; 1 x 1 and patch convolutions become
+    linear layers. The averaged ones (`ema`) come first."""
+    keys = [key for key in ("ema", "model", "module", "state_dict") if saved.get(key)]
+    weights = {}
+    for name, value in (saved[keys[0]] if keys else saved).items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{source} holds no weights: {name} is no tensor")
+        name = name.replace("_orig_mod.", "").removeprefix("module.")
+        if name == "tok_embeddings.weight":
+            raise ValueError(f"{source} holds an autoregressive model, not a tokenizer; give "
+                             "--tokenizer FILE")
+        if value.ndim == 4 and (name == "patchify.weight" or value.shape[2:] == (1, 1)):
+            value = value.flatten(1)
+        for theirs, ours in RELEASED_NAMES:
+            name = name.replace(theirs, ours)
+        if name in weights:
+            raise ValueError(f"{source} holds {name} twice")
+        weights[name] = value
+    weights.pop("quantize.codebook_used", None)  # a counter of training
+    return weights
+
+
+def released_config(saved: dict, weights: dict, source: str) -> TokenizerConfig:
+    """The architecture of translated weights: from the settings in the file, else from the tensors'
+    shapes, else the released model's. Refuses by name the settings that this code cannot honour."""
+    def plain(value) -> dict:  # of a dict, a namespace, the authors' Config or None
+        value = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        return value.get("_data", value)
+
+    settings = plain(saved.get("config"))
+    settings = dict(settings.get("model", settings))
+    inner = plain(settings.pop("diff_decoder", None))
+    settings.update({f"diff_decoder.{name}": value for name, value in inner.items()})
+    for name, value in settings.items():
+        other = {"queries_per_step", "diff_decoder.cond_dim", "diff_decoder.cfg",
+                 "diff_decoder.grad_checkpointing"}
+        if name not in {*RELEASED_SETTINGS.values(), *RELEASED_FIXED, *other}:
+            raise ValueError(f"{source}: the setting {name} = {value!r} is not supported")
+        if value != RELEASED_FIXED.get(name, value):
+            raise ValueError(f"{source}: the setting {name} = {value!r} is not supported, only "
+                             f"{RELEASED_FIXED[name]!r}")
+
+    fields = {"image_size": plain(saved.get("args")).get("image_size", 256)}
+    for field, (name, axis) in RELEASED_SHAPES.items():
+        if name in weights and weights[name].ndim > axis:
+            fields[field] = weights[name].shape[axis]
+    for field, part in (("patch_size", "encoder"), ("diffusion_patch", "diffusion")):
+        if f"{part}.from_pixels.weight" in weights:
+            fields[field] = math.isqrt(weights[f"{part}.from_pixels.weight"].shape[-1] // 3)
+    for field, part in (("encoder_depth", "encoder"), ("decoder_depth", "decoder"),
+                        ("diffusion_depth", "diffusion")):
+        fields[field] = len({name.split(".")[2] for name in weights
+                             if name.startswith(f"{part}.blocks.")})
+    if inner:  # the release's own defaults where its configuration is silent
+        fields.update(sigma=1.0, beta=1.0)
+    fields.update({field: settings[name] for field, name in RELEASED_SETTINGS.items()
+                   if name in settings})
+    # A head that no block follows is kept by no model of ours; only training reads it.
+    fields["repa_depth"] = min(fields.get("repa_depth", 8), max(fields["diffusion_depth"] - 1, 0))
+    if "repa_head.layers.0.weight" not in weights:
+        fields["repa_depth"] = 0
+    if fields["repa_depth"] == 0:
+        for name in [name for name in weights if name.startswith("repa_head.")]:
+            del weights[name]
+    try:
+        config = TokenizerConfig(**fields)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    derived = {"queries_per_step": config.num_tokens // config.num_groups,
+               "diff_decoder.cond_dim": config.decoder_width}
+    for name, value in derived.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{source}: the setting {name} = {settings[name]!r} is not supported, "
+                             f"only {value}")
+    return config
+
+
+# ---- Scripts -------------------------------------------------------------------------------------
 
 def run(main):
     """Calls a script's main; a user's mistake ends it with one line."""

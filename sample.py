@@ -2,8 +2,10 @@
 
     python sample.py --ckpt out/ar/last.pt --labels 0,1,2 --num 30 --cfg 1.1:3
     python sample.py --cfg 1.1:10                       the newest checkpoint under out/
+    python sample.py --ckpt D-AR-XL-360K.pt --tokenizer D-AR-tokenizer_v1.pt --cfg 1.1:10
 
-The checkpoint of train_ar.py carries its tokenizer. Writes one picture, a grid of samples.
+The checkpoint of train_ar.py carries its tokenizer, the authors' files do not. Writes one
+picture, a grid of samples.
 """
 import argparse
 import glob
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model_ar import AR, load_ar
-from model_tokenizer import Tokenizer, image_grid, load_checkpoint, load_tokenizer, run
+from model_tokenizer import Tokenizer, image_grid, load_tokenizer, read_file, run
 
 
 def parse_cfg(text: str) -> tuple[float, float] | None:
@@ -42,7 +44,7 @@ def newest_checkpoint(folder: str = "out") -> str:
     """The checkpoint of an autoregressive model under `folder` that was written last."""
     paths = glob.glob(os.path.join(folder, "**", "last.pt"), recursive=True)
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
-        if load_checkpoint(path, "")["kind"] == "ar":
+        if read_file(path).get("kind") == "ar":
             return path
     raise FileNotFoundError(f"no checkpoint under {folder}/; train one, or give --ckpt FILE")
 
@@ -56,13 +58,14 @@ def draw_samples(ar: AR, tokenizer: Tokenizer, labels: Tensor, args) -> Tensor:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", help="checkpoint of train_ar.py; default: the newest under out/")
+    parser.add_argument("--tokenizer", help="its tokenizer, for files that do not carry one")
     parser.add_argument("--labels", default="", help="class numbers or names, a,b,c; default: all")
     parser.add_argument("--num", type=int, default=100, help="number of images, labels in turn")
     parser.add_argument("--cfg", default="none", help="guidance START:END, a number, or none")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: most likely token")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the top share p")
-    parser.add_argument("--steps", type=int, help="denoising steps; default: one a token group")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the tokenizer's")
     parser.add_argument("--solver", default="adams2", choices=["adams2", "euler"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=100, help="images at a time")
@@ -74,9 +77,16 @@ def main(argv: list[str] | None = None):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.ckpt = args.ckpt or newest_checkpoint()
-    classes = load_checkpoint(args.ckpt, "ar")["classes"]
-    labels = parse_labels(args.labels, classes)
-    ar, tokenizer = load_ar(args.ckpt, device), load_tokenizer(args.ckpt, device)
+    classes = read_file(args.ckpt).get("classes")  # the authors' files name none
+    labels = parse_labels(args.labels, classes) if classes else None
+    tokenizer = load_tokenizer(args.tokenizer or args.ckpt, device)
+    ar = load_ar(args.ckpt, device, tokenizer.config.num_tokens)
+    if (ar.config.vocab_size, ar.config.num_tokens) != (tokenizer.config.codebook_size,
+                                                        tokenizer.config.num_tokens):
+        raise ValueError(f"the tokenizer has {tokenizer.config.num_tokens} tokens of "
+                         f"{tokenizer.config.codebook_size}, {args.ckpt} predicts "
+                         f"{ar.config.num_tokens} of {ar.config.vocab_size}")
+    labels = labels or parse_labels(args.labels, [str(i) for i in range(ar.config.num_classes)])
     torch.manual_seed(args.seed)
     todo = torch.tensor([labels[i % len(labels)] for i in range(args.num)], device=device)
     images = torch.cat([draw_samples(ar, tokenizer, part, args) for part in todo.split(args.batch)])

@@ -63,6 +63,7 @@ class TrainConfig:
     eval_every: int = 5000           # steps between pictures and held-out loss
     save_every: int = 2500           # steps between checkpoints
     eval_images: int = 512           # held-out images for the loss
+    eval_samples: int = 40           # samples in a picture, of up to ten classes in turn
 
 
 PRESETS = {
@@ -164,12 +165,14 @@ def evaluate(model: AR, labels: Tensor, tokens: Tensor) -> dict:
 
 @torch.no_grad()
 def draw_samples(model: AR, tokenizer: Tokenizer, config: TrainConfig) -> Image.Image:
-    """Four samples each of ten classes, a column a class."""
+    """A picture of samples of up to ten classes, a column a class."""
     device, size = tokenizer.quantizer.codebook.device, tokenizer.config.image_size
-    labels = torch.linspace(0, model.config.num_classes - 1, 10).long().repeat(4).to(device)
+    columns = min(10, model.config.num_classes, config.eval_samples)
+    labels = torch.linspace(0, model.config.num_classes - 1, columns, device=device).long()
+    labels = labels[torch.arange(config.eval_samples) % columns]
     noise = torch.randn(len(labels), 3, size, size, generator=seeded(config.seed, 3)).to(device)
     images = tokenizer.decode(model.generate(labels, (config.cfg_start, config.cfg_end)), noise)
-    return image_grid(images, 10, max(1, 64 // size))
+    return image_grid(images, columns, max(1, 64 // size))
 
 
 # ---- The run -------------------------------------------------------------------------------------
