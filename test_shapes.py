@@ -17,6 +17,7 @@ import time
 import traceback
 import unittest
 import urllib.error
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -609,9 +610,56 @@ def test_losses_without_weights_name_the_file_and_the_way_round():
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
     with tempfile.TemporaryDirectory() as root, patched(torch.hub, "urlopen", offline), \
-            patched(torch.hub, "_hub_dir", root):
+            patched(torch.hub, "_hub_dir", root), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchvision, on the way lpips calls it
         raises(ValueError, "--repa 0 trains without", train_tokenizer.RepaLoss)
         raises(ValueError, "--lpips 0 trains without", train_tokenizer.PerceptualLoss)
+
+
+def test_perceptual_and_alignment_losses_run_on_weights_in_their_place():
+    """Random weights of the real shapes, where torch.hub keeps the real ones."""
+    import torchvision
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = torchvision.models.vgg16(weights=None).state_dict()
+    weights = {name: torch.randn(value.shape) / max(1, value[0].numel()) ** 0.5
+               if name.startswith("features") else torch.zeros(1).expand(value.shape)
+               for name, value in shapes.items()}
+    hubconf = ("import torch\n"
+               "class Net(torch.nn.Module):\n"
+               "    def __init__(self):\n"
+               "        super().__init__()\n"
+               "        self.patch = torch.nn.Conv2d(3, 768, 14, 14)\n"
+               "    def forward_features(self, x):\n"
+               "        return {'x_norm_patchtokens': self.patch(x).flatten(2).mT}\n"
+               "def dinov2_vitb14(**kwargs):\n"
+               "    return Net()\n")
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    with tempfile.TemporaryDirectory() as root, patched(torch.hub, "urlopen", offline), \
+            patched(torch.hub, "_hub_dir", root), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchvision, on the way lpips calls it
+        os.makedirs(os.path.join(root, "checkpoints"))
+        torch.save(weights, os.path.join(root, "checkpoints", "vgg16-397923af.pth"))
+        os.makedirs(os.path.join(root, "facebookresearch_dinov2_main"))
+        with open(os.path.join(root, "facebookresearch_dinov2_main", "hubconf.py"), "w") as file:
+            file.write(hubconf)
+        lpips, repa = train_tokenizer.PerceptualLoss(), train_tokenizer.RepaLoss()
+        log = quietly(train_tokenizer.main, TINY + [
+            "--out", os.path.join(root, "out"), "--diffusion-depth", "2", "--repa-depth", "1",
+            "--lpips", "0.5", "--repa", "0.5"])
+        assert "lpips" in log and "repa" in log and "psnr" in log
+    images, other = pictures(2, 64), pictures(4, 64)[2:].requires_grad_()
+    assert not lpips.net.training and not any(p.requires_grad for p in lpips.parameters())
+    assert lpips(images, images) == 0
+    distance = lpips(other, images)
+    assert distance > 0 and torch.autograd.grad(distance, other)[0].abs().max() > 0
+
+    normal = (images / 2 + 0.5 - repa.mean) / repa.std
+    small = F.interpolate(normal, size=(56, 56), mode="bicubic")
+    features = repa.net.forward_features(small)["x_norm_patchtokens"]        # (2, 16, 768)
+    assert abs(repa(features, images)) < 1e-5 and abs(repa(-features, images) - 2) < 1e-5
 
 
 # ---- The authors' released files -----------------------------------------------------------------
