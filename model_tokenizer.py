@@ -286,7 +286,7 @@ class Encoder(nn.Module):
         patches = layer_norm(self.from_pixels(patches))                      # (B, L, D)
         queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
         x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)     # (B, L + N, D)
-        bias = causal_bias(self.num_tokens, x.shape[1])               # queries are causal
+        bias = causal_bias(self.num_tokens, x.shape[1])                      # queries are causal
         for block in self.blocks:
             x = block(x, rope, bias)
         return self.to_code(layer_norm(x[:, -self.num_tokens:]))             # (B, N, 8)
@@ -592,8 +592,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def image_grid(images: Tensor, columns: int, zoom: int = 1) -> Image.Image:
-    """One picture of images (B, 3, H, W) in rows of `columns`, 2 pixels apart on white."""
+def image_grid(images: Tensor, columns: int) -> Image.Image:
+    """One picture of images (B, 3, H, W) in rows of `columns`, 2 pixels apart on white; images
+    narrower than 64 pixels are enlarged by a whole factor that keeps them within 64."""
+    zoom = max(1, 64 // images.shape[-1])
     pixels = to_uint8(images).repeat(zoom, 1).repeat(zoom, 2)                # (B, H, W, 3)
     count, height, width = pixels.shape[:3]
     rows = -(-count // columns)

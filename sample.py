@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None):
     images = torch.cat([draw_samples(ar, tokenizer, part, args) for part in todo.split(args.batch)])
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     columns = len(labels) if 1 < len(labels) <= 10 else 10
-    image_grid(images, min(columns, args.num), max(1, 64 // images.shape[-1])).save(args.out)
+    image_grid(images, min(columns, args.num)).save(args.out)
     print(args.out)
 
 

@@ -458,7 +458,7 @@ def test_processes_share_the_positions_of_a_step():
 def test_pixels_survive_the_way_to_tensors_and_back():
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     assert np.array_equal(mt.to_uint8(mt.to_tensor(Image.fromarray(pixels))[None])[0], pixels)
-    assert mt.image_grid(pictures(5), 3, 2).size == (3 * 64 + 4, 2 * 64 + 2)
+    assert mt.image_grid(pictures(5), 3).size == (3 * 64 + 4, 2 * 64 + 2)
 
 
 # ---- Training ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from model_tokenizer import (Tokenizer, build_config, center_crop, image_grid, l
                              to_tensor)
 from train_tokenizer import (Clock, Shuffle, forward_flops, join_processes, learning_rate,
                              local_batch, open_data, parse_config, positions, seed_of, seeded,
-                             some_of, update_ema, utilisation, write_log)
+                             some_of, update_ema, utilisation, wait, write_log)
 
 
 @dataclass
@@ -127,20 +127,17 @@ def read_codes(folder: str, tokenizer: Tokenizer, views: Views, workers: int, ra
             print(f"codes: writing {shape[0]:,} x {shape[1]} tokens to {path}", flush=True)
             os.makedirs(folder, exist_ok=True)
             np.lib.format.open_memmap(path + ".tmp", "w+", np.uint16, shape)
-        if world > 1:
-            dist.barrier()
+        wait()
         first, last = (len(views) * r // world for r in (rank, rank + 1))
         codes, row = np.load(path + ".tmp", mmap_mode="r+"), first * views.views
         for tokens in encode_all(tokenizer, views, range(first, last), workers):
             codes[row:row + len(tokens)] = tokens
             row += len(tokens)
         codes.flush()
-        if world > 1:
-            dist.barrier()
+        wait()
         if rank == 0:
             os.replace(path + ".tmp", path)
-        if world > 1:
-            dist.barrier()
+        wait()
     return np.load(path, mmap_mode="r")
 
 
@@ -172,7 +169,7 @@ def draw_samples(model: AR, tokenizer: Tokenizer, config: TrainConfig) -> Image.
     labels = labels[torch.arange(config.eval_samples) % columns]
     noise = torch.randn(len(labels), 3, size, size, generator=seeded(config.seed, 3)).to(device)
     images = tokenizer.decode(model.generate(labels, (config.cfg_start, config.cfg_end)), noise)
-    return image_grid(images, columns, max(1, 64 // size))
+    return image_grid(images, columns)
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -181,6 +178,8 @@ def main(argv: list[str] | None = None):
     config, = parse_config(PRESETS, argv)
     if config.size not in SIZES:
         raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {config.size!r}")
+    if config.eval_samples < 1:
+        raise ValueError("--eval-samples must be at least 1")
     if config.views not in (1, 2, 10):
         raise ValueError(f"--views must be 1, 2 or 10, got {config.views}")
 

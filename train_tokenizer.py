@@ -110,14 +110,20 @@ def join_processes() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def wait():
+    """Until all processes are here, where there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def in_turn(build):
     """build() in the first process of each node, then in the others, which find its downloads."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local:
-        dist.barrier()
+        wait()
     built = build()
-    if not local and dist.is_initialized():
-        dist.barrier()
+    if not local:
+        wait()
     return built
 
 
@@ -489,6 +495,12 @@ class CodebookUse:
         self.age = torch.where(dead, 0, self.age)
 
 
+def psnr(decoded: Tensor, images: Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of decoded images (B, 3, H, W) in [-1, 1], clipped."""
+    error = (decoded.clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4       # pixels in [0, 1]
+    return (-10 * error.log10()).mean().item()
+
+
 @torch.no_grad()
 def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[float, Image.Image]:
     """PSNR in dB of reconstructions of images (B, 3, H, W), and a picture of the first 8: the
@@ -496,10 +508,8 @@ def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[float, Image.
     noise = torch.randn(images.shape, generator=seeded(seed, 3)).to(images.device)
     tokens, size = model.encode(images), model.config.num_tokens // model.config.num_groups
     previews = [images] + list(model.stream(tokens.split(size, 1), noise))
-    error = (previews[-1].clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4  # pixels in [0, 1]
     picture = torch.stack([preview[:8] for preview in previews], 1).flatten(0, 1)
-    zoom = max(1, 64 // images.shape[-1])
-    return (-10 * error.log10()).mean().item(), image_grid(picture, len(previews), zoom)
+    return psnr(previews[-1], images), image_grid(picture, len(previews))
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -606,9 +616,9 @@ def main(argv: list[str] | None = None):
                       codebook=use.share(config.use_window), **utilisation(rate * flops / world))
         clock.stop()
         if master and ((step + 1) % config.eval_every == 0 or last):
-            psnr, picture = evaluate(ema, shown, config.seed)
+            decibel, picture = evaluate(ema, shown, config.seed)
             picture.save(os.path.join(config.out, f"reconstructions_{step + 1:06d}.png"))
-            write_log(config, master, step=step + 1, psnr=psnr)
+            write_log(config, master, step=step + 1, psnr=decibel)
         if master and ((step + 1) % config.save_every == 0 or last):
             save_checkpoint(path, {**pack_tokenizer(model), "ema": ema.state_dict(),
                                    "optimizer": optimizer.state_dict(), "step": step + 1,

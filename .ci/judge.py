@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model_ar import load_ar  # noqa: E402
 from model_tokenizer import load_tokenizer, to_tensor  # noqa: E402
 from sample import parse_cfg  # noqa: E402
-from train_tokenizer import open_data  # noqa: E402
+from train_tokenizer import open_data, psnr  # noqa: E402
 
 
 def stack(data, first, last):
@@ -64,10 +64,10 @@ def main():
     config, rates = tokenizer.config, []
     print("groups   PSNR dB   recognised %")
     for groups in range(1, config.num_groups + 1):
-        decoded = tokenizer.decode(tokens, noise, groups=groups).clamp(-1, 1)
-        psnr = -10 * ((decoded - images).pow(2).mean((1, 2, 3)) / 4).log10().mean().item()
+        decoded = tokenizer.decode(tokens, noise, groups=groups)
+        decibel = psnr(decoded, images)
         rates.append(recognised(decoded, labels))
-        print(f"{groups:6d} {psnr:9.2f} {rates[-1]:14.1f}")
+        print(f"{groups:6d} {decibel:9.2f} {rates[-1]:14.1f}")
     use = 100 * tokens.unique().numel() / config.codebook_size
     print(f"codebook rows used by the 1,000 held-out pictures: {use:.1f} %")
 
@@ -79,7 +79,7 @@ def main():
         print(f"  {name:10s} {recognised(samples[asked == label], asked[asked == label]):5.1f} %")
 
     targets = {"real >= 99": real >= 99, "samples >= 80": right >= 80, "codebook >= 90": use >= 90,
-               "PSNR >= 18": psnr >= 18}
+               "PSNR >= 18": decibel >= 18}
     better = {"more groups, better": rates == sorted(rates) and rates[-1] > rates[0]}
     for name, met in {**targets, **better}.items():
         print(f"{'met   ' if met else 'MISSED'}  {name}")
