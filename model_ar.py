@@ -13,6 +13,7 @@ import os
 import re
 import zipfile
 from dataclasses import dataclass
+from typing import Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,12 +74,25 @@ class RMSNorm(nn.Module):
         return (x.float() * scale).to(x.dtype) * self.weight
 
 
-class KVCache:
-    """Keys and values of all blocks, (depth, B, h, N, d), filled from the left."""
+class Past(NamedTuple):
+    """What one block remembers, and where its next input stands. n: positions of the input."""
+    k: Tensor      # (B, h, N, d) keys, written in place
+    v: Tensor      # (B, h, N, d) values, likewise
+    pos: Tensor    # (n,) int64, positions of the input
+    mask: Tensor   # (n, length) bool, which of the first `length` positions each of them sees
 
-    def __init__(self, config: ARConfig, batch: int, device, dtype):
-        shape = (config.depth, batch, config.heads, config.num_tokens, config.width // config.heads)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+class KVCache:
+    """Keys and values (B, h, N, d) of each block. They stay in place, as CUDA graphs need."""
+
+    def __init__(self, config: ARConfig, batch: int, like: Tensor):
+        shape = batch, config.heads, config.num_tokens, config.width // config.heads
+        self.blocks = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.depth)]
+
+    def at(self, pos: Tensor, length: int) -> list[Past]:
+        """For each block, when its input stands at positions pos (n,), all below `length`."""
+        mask = torch.arange(length, device=pos.device) <= pos[:, None]       # (n, length)
+        return [Past(k, v, pos, mask) for k, v in self.blocks]
 
 
 class Attention(nn.Module):
@@ -90,19 +104,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, pos: int,
-                cache: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x: (B, n, D), at positions pos ... pos + n - 1; n = 1 or pos = 0. cache: this block's
-        keys and values (B, h, N, d), filled up to pos, which gain n; None: there is only x."""
+    def forward(self, x: Tensor, rope: Tensor, past: Past | None) -> Tensor:
+        """Causal attention of x (B, n, D) to itself and to the past, which it joins."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                 # (B, n, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, h, n, d) each
         q, k = rotate(q, rope), rotate(k, rope)
-        if cache is not None:
-            end = pos + x.shape[1]
-            cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
-            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        # A single query sees all keys up to its own: no mask.
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+        if past is None:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            past.k.index_copy_(2, past.pos, k)
+            past.v.index_copy_(2, past.pos, v)
+            length = past.mask.shape[1]
+            k, v = past.k[:, :, :length], past.v[:, :, :length]              # (B, h, length, d)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=past.mask)
         return self.out(x.transpose(1, 2).flatten(2))                        # (B, n, D)
 
 
@@ -130,9 +144,8 @@ class Block(nn.Module):
         self.ffn = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, pos: int,
-                cache: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, pos, cache))
+    def forward(self, x: Tensor, rope: Tensor, past: Past | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, past))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))                  # (B, n, D)
 
 
@@ -151,13 +164,32 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """One token a row (B,) from logits (B, V); temperature 0 takes the most likely."""
+def exponentials(keys: Tensor, pos: Tensor, count: int) -> Tensor:
+    """Exponential(1) random numbers (B, count), a function of each row's key (B,) int64 and of
+    pos (1,) int64: so what is drawn for a row depends on neither its neighbours nor the machine.
+
+    The bits are those of the generator splitmix64, which is a hash of a counter.
+    """
+    def shift(z: Tensor, bits: int) -> Tensor:  # to the right, zeros coming in
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+    counter = pos * count + torch.arange(1, count + 1, device=keys.device)   # (count,)
+    z = keys[:, None] + counter * -0x61C8864680B583EB                        # modulo 2^64
+    z = (z ^ shift(z, 30)) * -0x40A7B892E31B1A47
+    z = (z ^ shift(z, 27)) * -0x6B2FB644ECCEEE15
+    z = z ^ shift(z, 31)                                                     # (B, count)
+    return -torch.log1p(-(shift(z, 24).float() + 0.5) / 2 ** 40)
+
+
+def draw(logits: Tensor, keys: Tensor, pos: Tensor, temperature: float, top_k: int,
+         top_p: float) -> Tensor:
+    """One token a row (B,) from logits (B, V), by the random numbers of keys (B,) and pos (1,);
+    temperature 0 takes the most likely."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
     # argmax(p / Exponential(1)) has the distribution p, and never waits for the GPU.
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+    return (probabilities / exponentials(keys, pos, logits.shape[-1])).argmax(-1)
 
 
 class AR(nn.Module):
@@ -183,11 +215,11 @@ class AR(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
 
-    def trunk(self, x: Tensor, pos: int = 0, cache: KVCache | None = None) -> Tensor:
-        """Embeddings (B, n, D) at positions pos ... pos + n - 1 -> logits (B, n, V)."""
-        rope = self.rope[:, pos:pos + x.shape[1]]
-        for depth, block in enumerate(self.blocks):
-            x = block(x, rope, pos, None if cache is None else (cache.k[depth], cache.v[depth]))
+    def trunk(self, x: Tensor, rope: Tensor, pasts: list[Past | None]) -> Tensor:
+        """Embeddings (B, n, D) -> logits (B, n, V). rope: (2, n, d/2), of their positions. pasts:
+        for each block; None where the sequence begins with x."""
+        for block, past in zip(self.blocks, pasts):
+            x = block(x, rope, past)
         return self.head(self.norm(x))
 
     def embed(self, labels: Tensor, tokens: Tensor) -> Tensor:
@@ -197,52 +229,131 @@ class AR(nn.Module):
     def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """Logits (B, n, V) of tokens (B, n) int64, n <= N: each from the label and the tokens
         before it (Eq. 6). labels: (B,) int64; num_classes is the null class."""
-        return self.trunk(self.dropout(self.embed(labels, tokens[:, :-1])))
+        x = self.dropout(self.embed(labels, tokens[:, :-1]))                 # (B, n, D)
+        return self.trunk(x, self.rope[:, :x.shape[1]], [None] * len(self.blocks))
 
-    def check(self, labels: Tensor, cfg: tuple[float, float] | None, prefix: Tensor | None):
-        config = self.config
+    def generate(self, labels: Tensor, cfg: tuple[float, float] | None = None,
+                 prefix: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, keys: Tensor | None = None) -> Tensor:
+        """Tokens (B, N) int64 of class labels (B,) int64: see `Sampler`, which keeps its memory and
+        compiled code from batch to batch."""
+        sampler = Sampler(self, len(labels), cfg, temperature, top_k, top_p)
+        return torch.cat([*sampler.stream(labels, prefix, keys)], 1)
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+class Sampler:
+    """Draws the tokens of `batch` sequences at a time, one after another.
+
+    All its state is in tensors that stay in place. A step is thus the same work on the same memory,
+    whatever its position: it can be compiled once for each length of the cache, and on CUDA be
+    recorded as a graph, which then runs without Python.
+
+    cfg: (start, end): classifier-free guidance, whose scale runs linearly from start at the first
+    token to end at the last; None: no guidance, and none of its cost. temperature: 0 is greedy.
+    top_k, top_p: 0 and 1 keep all tokens. chunk: tokens given at a time; the part of the cache that
+    is read grows by as much. compiled: compile the step, and record it on CUDA. Raises ValueError.
+    """
+
+    def __init__(self, model: AR, batch: int, cfg: tuple[float, float] | None = None,
+                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, chunk: int = 32,
+                 compiled: bool = False):
+        if cfg is not None and len(cfg) != 2:
+            raise ValueError(f"cfg must be None or (start, end), got {cfg!r}")
+        self.model, self.guided, self.chunk = model, cfg is not None, chunk
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        weight, count = model.head.weight, model.config.num_tokens
+        self.cache = KVCache(model.config, 2 * batch if self.guided else batch, weight)
+        start, end = cfg or (1.0, 1.0)
+        self.scales = torch.linspace(start, end, count, device=weight.device)
+        self.tokens = torch.zeros(batch, count, dtype=torch.long, device=weight.device)  # (B, N)
+        self.token, self.keys = (torch.zeros_like(self.tokens[:, 0]) for _ in range(2))  # (B,)
+        self.pos = torch.zeros_like(self.tokens[0, :1])  # (1,) position of `token`
+        self.advance = torch.compile(self.step, dynamic=False) if compiled else self.step
+        self.record, self.graphs = compiled and weight.is_cuda, {}
+
+    def predict(self, x: Tensor, pos: Tensor, length: int):
+        """Draws the token after embeddings x (B or 2B, n, D) at positions pos (n,)."""
+        logits = self.model.trunk(x, self.model.rope[:, pos], self.cache.at(pos, length))
+        logits = logits[:, -1].float()                                       # (B or 2B, V)
+        if self.guided:
+            cond, uncond = logits.chunk(2)
+            logits = uncond + self.scales[self.pos] * (cond - uncond)        # (B, V)
+        self.token.copy_(draw(logits, self.keys, self.pos, self.temperature, self.top_k,
+                              self.top_p))
+        self.tokens.index_copy_(1, self.pos, self.token[:, None])
+
+    def step(self, length: int):
+        """Moves on by one token; the cache is read up to `length`."""
+        self.pos.add_(1)
+        x = self.model.token_embedding(self.token)[:, None]                  # (B, 1, D)
+        self.predict(torch.cat([x, x]) if self.guided else x, self.pos, length)
+
+    def begin(self, labels: Tensor, prefix: Tensor):
+        """Reads labels (B,) and prefix (B, n), n < N, and draws token n."""
+        n = prefix.shape[1]
+        self.tokens[:, :n] = prefix
+        self.pos.fill_(n)
+        if self.guided:  # the conditional half, then the unconditional half
+            labels = torch.cat([labels, torch.full_like(labels, self.model.config.num_classes)])
+            prefix = torch.cat([prefix, prefix])
+        pos = torch.arange(n + 1, device=labels.device)
+        self.predict(self.model.embed(labels, prefix), pos, n + 1)
+
+    def replay(self, length: int):
+        """`advance`, from a CUDA graph that the first call for this length records."""
+        if length not in self.graphs:
+            before = self.pos.clone(), self.token.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles and warms up, on a stream of its own
+                self.advance(length)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.advance(length)
+            self.graphs[length] = graph
+            self.pos.copy_(before[0])  # undoes the warming up
+            self.token.copy_(before[1])
+        self.graphs[length].replay()
+
+    def check(self, labels: Tensor, prefix: Tensor):
+        config, batch = self.model.config, len(self.tokens)
+        if labels.shape != (batch,):
+            raise ValueError(f"labels must be ({batch},), got {tuple(labels.shape)}")
         if labels.numel() and not 0 <= labels.min() <= labels.max() <= config.num_classes:
             raise ValueError(f"labels must be in 0 ... {config.num_classes - 1} "
                              f"(or {config.num_classes}, the null class)")
-        if cfg is not None and len(cfg) != 2:
-            raise ValueError(f"cfg must be None or (start, end), got {cfg!r}")
-        if prefix is not None and (prefix.ndim != 2 or len(prefix) != len(labels)
-                                   or prefix.shape[1] > config.num_tokens):
-            raise ValueError(f"prefix must be ({len(labels)}, n) with n <= {config.num_tokens}, "
+        if prefix.ndim != 2 or len(prefix) != batch or prefix.shape[1] > config.num_tokens:
+            raise ValueError(f"prefix must be ({batch}, n) with n <= {config.num_tokens}, "
                              f"got {tuple(prefix.shape)}")
 
     @torch.no_grad()
-    def generate(self, labels: Tensor, cfg: tuple[float, float] | None = None,
-                 prefix: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0) -> Tensor:
-        """Tokens (B, N) int64 of class labels (B,) int64. Raises ValueError for other shapes.
+    def stream(self, labels: Tensor, prefix: Tensor | None = None,
+               keys: Tensor | None = None) -> Iterator[Tensor]:
+        """Yields the tokens (B, chunk) int64 of class labels (B,) int64 as they are drawn.
 
-        cfg: (start, end): classifier-free guidance, whose scale runs linearly from start at the
-        first token to end at the last; None: no guidance, and none of its cost. prefix: (B, n)
-        int64, tokens to keep. temperature: 0 is greedy. top_k, top_p: 0 and 1 keep all tokens.
+        prefix: (B, n) int64, tokens to keep. keys: (B,) int64, on which a row's random numbers
+        depend; None draws them. Raises ValueError for other shapes.
         """
-        self.check(labels, cfg, prefix)
-        config, batch = self.config, len(labels)
-        prefix = labels.new_zeros(batch, 0) if prefix is None else prefix
-        tokens = labels.new_empty(batch, config.num_tokens)                  # (B, N)
-        tokens[:, :prefix.shape[1]] = prefix
-        if cfg is not None:  # the conditional half, then the unconditional half
-            scales = torch.linspace(*cfg, config.num_tokens).tolist()
-            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
-            prefix = torch.cat([prefix, prefix])
-        x = self.embed(labels, prefix)                                       # (B or 2B, 1 + n, D)
-        cache, pos = KVCache(config, len(labels), x.device, x.dtype), 0
-        for j in range(prefix.shape[1], config.num_tokens):
-            logits = self.trunk(x, pos, cache)[:, -1].float()                # (B or 2B, V)
-            if cfg is not None:
-                cond, uncond = logits.chunk(2)
-                logits = uncond + scales[j] * (cond - uncond)
-            tokens[:, j] = draw(logits, temperature, top_k, top_p)
-            pos += x.shape[1]
-            x = self.token_embedding(tokens[:, j:j + 1])                     # (B, 1, D)
-            if cfg is not None:
-                x = torch.cat([x, x])
-        return tokens
+        prefix = labels.new_zeros(len(labels), 0) if prefix is None else prefix
+        self.check(labels, prefix)
+        if keys is None:
+            keys = torch.randint(2 ** 62, labels.shape, device=labels.device)
+        self.keys.copy_(keys)
+        drawn, count = prefix.shape[1], self.model.config.num_tokens
+        if drawn < count:
+            self.begin(labels, prefix)
+            drawn += 1
+        else:
+            self.tokens.copy_(prefix)
+        advance = self.replay if self.record else self.advance
+        for end in range(self.chunk, count + self.chunk, self.chunk):
+            for pos in range(drawn, min(end, count)):
+                advance(min(pos // self.chunk * self.chunk + self.chunk, count))
+            drawn = max(drawn, end)
+            yield self.tokens[:, end - self.chunk:end].clone()
 
 
 # ---- Files ---------------------------------------------------------------------------------------

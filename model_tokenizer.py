@@ -20,10 +20,11 @@ import functools
 import math
 import os
 import re
+import resource
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields
-from typing import Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
@@ -369,7 +371,8 @@ class DiffusionBlock(nn.Module):
         self.mlp = mlp(width, 4 * width)
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
-        """x: (B, L, D) patches. time: (B, D) sinusoid. cond: (B, N/K, D). rope: (2, L, d/2)."""
+        """x: (B, L, D) patches. time: (B or 1, D) sinusoid. cond: (B, N/K, D). rope: (2, L, d/2).
+        """
         context = layer_norm(self.cond_mlp(cond))                            # (B, N/K, D)
         fetched = self.cross_attention.cross(layer_norm(x), context, rope)   # (B, L, D)
         signal = self.time_mlp(time)[:, None] + fetched                      # (B, L, D)
@@ -392,8 +395,9 @@ class DiffusionDecoder(nn.Module):
         self.to_pixels = nn.Linear(width, 3 * self.patch ** 2)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t (B, 3, H, W), t (B,), one group cond (B, N/K, D) -> velocity (B, 3, H, W), and the
-        patches (B, D, H/8, W/8) after `repa_depth` blocks, which the REPA head reads."""
+        """x_t (B, 3, H, W), t (B,), or (1,) for all images, one group cond (B, N/K, D) -> velocity
+        (B, 3, H, W), and the patches (B, D, H/8, W/8) after `repa_depth` blocks, which the REPA
+        head reads."""
         x, grid = to_patches(x, self.patch)                                  # (B, L, 192)
         x = self.from_pixels(x)                                              # (B, L, D)
         cond, time = layer_norm(self.from_cond(cond)), sinusoid(t, x.shape[2])
@@ -498,7 +502,7 @@ class Tokenizer(nn.Module):
         reach at least to the end of the step's group."""
         size = self.config.num_tokens // self.config.num_groups
         group = cond[:, step.group * size:(step.group + 1) * size]           # (B, N/K, D)
-        return self.diffusion(x, x.new_full((len(x),), step.t), group)[0].float()
+        return self.diffusion(x, x.new_tensor([step.t]), group)[0].float()
 
     def start(self, batch: int, noise: Tensor | None, solver: str) -> Tensor:
         """Checked starting point x_0 (B, 3, H, W) of a sampler; fresh noise where none is given."""
@@ -564,6 +568,26 @@ class Tokenizer(nn.Module):
 
 # ---- Pixels and files ----------------------------------------------------------------------------
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def read_image(path: str, size: int) -> Image.Image:
+    """The image in a file in RGB; a JPEG more than twice as large as `size` pixels is decoded at a
+    fraction. EXIF turns are ignored, as everybody does on ImageNet. Raises FileNotFoundError and
+    ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no image at {path}")
+    try:
+        image = Image.open(path)
+        image.draft("RGB", (2 * size,) * 2)
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = Image.fromarray((np.array(image) / 256).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, bombs, ...
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as an image ({reason})") from None
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
     pixels = np.array(image.convert("RGB"), dtype=np.float32)                # (H, W, 3)
@@ -574,6 +598,12 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1], rounded as ADM's samples are."""
     pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def psnr(decoded: Tensor, images: Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of decoded images (B, 3, H, W) in [-1, 1], clipped."""
+    error = (decoded.clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4       # pixels in [0, 1]
+    return (-10 * error.log10()).mean().item()
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
@@ -800,7 +830,43 @@ def released_config(saved: dict, weights: dict, source: str) -> TokenizerConfig:
     return config
 
 
+# ---- Random numbers ------------------------------------------------------------------------------
+
+def seed_of(*numbers: int) -> int:
+    """A seed that is a function of the numbers: (seed, purpose, step), say."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seeded(*numbers: int, device="cpu") -> torch.Generator:
+    """A random generator that is a function of the numbers."""
+    return torch.Generator(device).manual_seed(seed_of(*numbers))
+
+
+def noise_of(seed: int, purpose: int, numbers: Iterable[int], shape: tuple, device) -> Tensor:
+    """Standard normal noise (n, *shape), row i a function of (seed, purpose, numbers[i])."""
+    return torch.stack([torch.randn(shape, device=device, generator=seeded(seed, purpose, number,
+                                                                           device=device))
+                        for number in numbers])
+
+
 # ---- Scripts -------------------------------------------------------------------------------------
+
+def peak_memory() -> float:
+    """The most memory in GB that this process has held, on its GPU if it uses one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def count_flops(call: Callable) -> int:
+    """Floating-point operations of a call, which runs twice: the attention's biases cannot be made
+    under the counter."""
+    call()
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
 
 def run(main):
     """Calls a script's main; a user's mistake ends it with one line."""

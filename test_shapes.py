@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import traceback
 import unittest
 import urllib.error
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ import train_tokenizer
 from model_ar import AR, SIZES, ARConfig, load_ar
 from model_tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig, load_tokenizer
 
-FIXTURES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared", "fixtures")
+HERE = os.path.dirname(os.path.abspath(__file__))
+FIXTURES = os.path.join(HERE, "..", "shared", "fixtures")
 SMALL = TokenizerConfig(image_size=32, num_tokens=16, num_groups=4, codebook_size=64, patch_size=8,
                         encoder_width=32, encoder_depth=2, decoder_width=64, decoder_depth=2,
                         diffusion_width=96, diffusion_depth=3, diffusion_patch=4, head_dim=16,
@@ -387,9 +389,35 @@ def test_filters_keep_what_brute_force_keeps():
 def test_draws_have_the_models_distribution():
     torch.manual_seed(0)
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    counts = torch.bincount(model_ar.draw(logits.expand(40_000, 4), 2.0, 0, 1.0), minlength=4)
-    close(counts / 40_000, (logits / 2).softmax(0), 0.01)  # four standard deviations
-    assert model_ar.draw(logits[None], 0.0, 0, 1.0).item() == 0
+    for keys, pos in ((torch.arange(40_000), 7), (torch.randint(2 ** 62, (40_000,)), 0)):
+        drawn = model_ar.draw(logits.expand(40_000, 4), keys, torch.tensor([pos]), 2.0, 0, 1.0)
+        counts = torch.bincount(drawn, minlength=4)
+        close(counts / 40_000, (logits / 2).softmax(0), 0.01)  # four standard deviations
+    assert model_ar.draw(logits[None], keys[:1], torch.tensor([0]), 0.0, 0, 1.0).item() == 0
+
+
+def splitmix64(state: int) -> int:
+    """The generator's output at a state, in Python's own integers."""
+    z, bits = state % 2 ** 64, 2 ** 64 - 1
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & bits
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & bits
+    return z ^ z >> 31
+
+
+def test_random_numbers_are_splitmix64_and_exponential():
+    assert splitmix64(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # the published first output
+    keys = torch.tensor([5, -3, 2 ** 62])
+    found = model_ar.exponentials(keys, torch.tensor([11]), 100)
+    for row, key in enumerate(keys.tolist()):
+        for column in (0, 99):
+            state = key + (11 * 100 + column + 1) * 0x9E3779B97F4A7C15
+            uniform = ((splitmix64(state) >> 24) + 0.5) / 2 ** 40
+            assert abs(found[row, column].item() / -math.log1p(-uniform) - 1) < 1e-5
+    many = model_ar.exponentials(torch.arange(1000), torch.tensor([0]), 1000)
+    close(many.mean(), torch.tensor(1.0), 0.005)  # five standard deviations
+    close((many > 2).float().mean(), torch.tensor(math.exp(-2)), 0.002)
+    correlation = torch.corrcoef(torch.stack([many[0::2].flatten(), many[1::2].flatten()]))[0, 1]
+    assert abs(correlation) < 0.007  # five standard deviations
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -494,7 +522,7 @@ def test_averaged_weights_follow_the_models():
 
 def test_counted_operations_are_close_to_the_rule_of_thumb():
     model = AR(replace(SMALL_AR, width=192))
-    count = train_tokenizer.forward_flops(model, torch.tensor([0]), some_tokens(1))
+    count = mt.count_flops(lambda: model(torch.tensor([0]), some_tokens(1)))
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     matrices += model.head.weight.numel()
     assert 1 < count / (2 * 16 * matrices) < 1.2  # two a weight and token, and attention
@@ -502,7 +530,7 @@ def test_counted_operations_are_close_to_the_rule_of_thumb():
     parts = [(model.encoder, 16 + 16), (model.decoder, 16), (model.diffusion, 64)]  # tokens seen
     matrices = sum(p.numel() * seen for part, seen in parts
                    for p in part.blocks.parameters() if p.ndim == 2)
-    count = train_tokenizer.forward_flops(model, pictures(1), torch.zeros(1), pictures(1))
+    count = mt.count_flops(lambda: model(pictures(1), torch.zeros(1), pictures(1)))
     assert 0.8 < count / (2 * matrices) < 1.3  # conditions are few; attention adds
 
 
@@ -549,7 +577,7 @@ def test_two_processes_and_two_passes_take_the_steps_of_one():
     """Sums of gradients differ by rounding, which Adam magnifies where gradients are near zero: so
     the weights must agree to a twentieth of the way they went."""
     with tempfile.TemporaryDirectory() as root:
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_tokenizer.py")
+        script = os.path.join(HERE, "train_tokenizer.py")
         options = TINY + ["--lr", "1e-3", "--warmup-steps", "1", "--ema", "0"]
         starts = {"one": [], "passes": ["--accumulate", "2"], "processes": None}
         for name, extra in starts.items():
@@ -605,6 +633,214 @@ def test_ar_training_resumes_exactly_and_its_checkpoint_samples():
         raises(ValueError, "--cfg must be", sample.main, ["--ckpt", checkpoint, "--cfg", "a:b"])
         raises(ValueError, "not a checkpoint", load_ar, tokenizer)
 
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
+def small_checkpoint(root: str) -> str:
+    """A checkpoint of the two small models in random weights."""
+    path = os.path.join(root, "ar.pt")
+    mt.save_checkpoint(path, {"kind": "ar", "config": asdict(SMALL_AR), "ema": None,
+                              "model": small_ar().state_dict(), "classes": list("abcde"),
+                              "tokenizer": mt.pack_tokenizer(small_tokenizer())})
+    return path
+
+
+def draw(checkpoint: str, *options: str) -> str:
+    return quietly(sample.main, ["--ckpt", checkpoint, "--cfg", "1.1:3", *options])
+
+
+def samples_in(path: str) -> np.ndarray:
+    return np.load(path)["arr_0"]
+
+
+def levels_apart(a: np.ndarray, b: np.ndarray) -> int:
+    """The largest difference of uint8 pixels."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return int(np.abs(a.astype(int) - b).max())
+
+
+def test_images_depend_on_seed_and_number_not_on_batches_or_processes():
+    with tempfile.TemporaryDirectory() as root:
+        checkpoint, found = small_checkpoint(root), {}
+        for batch in ("1", "7", "20"):
+            found[batch] = os.path.join(root, f"{batch}.npz")
+            draw(checkpoint, "--num", "20", "--batch", batch, "--npz", found[batch])
+        # Products of another number of rows are rounded otherwise, so pixels may differ by a level.
+        for batch in ("1", "7"):
+            assert levels_apart(samples_in(found[batch]), samples_in(found["20"])) <= 1
+        two, script = os.path.join(root, "two.npz"), os.path.join(HERE, "sample.py")
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                        "--standalone", script, "--ckpt", checkpoint, "--cfg", "1.1:3", "--batch",
+                        "7", "--num-images", "20", "--npz", two], check=True, capture_output=True)
+        assert levels_apart(samples_in(two), samples_in(found["7"])) <= 1
+        assert not [name for name in os.listdir(root) if "parts" in name or "tmp" in name]
+        draw(checkpoint, "--num", "20", "--seed", "1", "--npz", os.path.join(root, "other.npz"))
+        assert levels_apart(samples_in(os.path.join(root, "other.npz")), samples_in(two)) > 50
+
+
+def test_interrupted_sampling_goes_on_and_ends_as_the_whole():
+    with tempfile.TemporaryDirectory() as root:
+        checkpoint, whole = small_checkpoint(root), os.path.join(root, "whole.npz")
+        halves, real, calls = os.path.join(root, "halves.npz"), mt.to_uint8, []
+        draw(checkpoint, "--num", "12", "--batch", "3", "--npz", whole)
+
+        def failing(images):
+            calls.append(len(images))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(images)
+        options = "--num", "12", "--batch", "3", "--npz", halves
+        with patched(sample, "to_uint8", failing):
+            with contextlib.suppress(KeyboardInterrupt):
+                draw(checkpoint, *options)
+            raises(ValueError, "begun with other settings", draw, checkpoint, "--seed", "3",
+                   *options)
+            assert not os.path.exists(halves)
+            draw(checkpoint, *options)
+        assert len(calls) == 3 + 2  # two batches were kept, the third was lost
+        assert np.array_equal(samples_in(whole), samples_in(halves))
+        raises(ValueError, "is there already", draw, checkpoint, *options)
+
+
+def test_each_class_is_drawn_equally_often_and_in_another_order():
+    asked = []
+
+    def noting(self, numbers, labels, prefix=None):
+        asked.extend(labels)
+        return iter([some_tokens(len(labels))])
+    with tempfile.TemporaryDirectory() as root, patched(sample.Pipeline, "token_groups", noting):
+        draw(small_checkpoint(root), "--num", "200", "--npz", os.path.join(root, "s.npz"))
+    assert all(sorted(asked[i:i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 200, 5))
+    assert len({tuple(asked[i:i + 5]) for i in range(0, 200, 5)}) > 10
+
+
+def test_streamed_samples_end_as_those_drawn_at_once():
+    with tempfile.TemporaryDirectory() as root:
+        checkpoint, out = small_checkpoint(root), os.path.join(root, "s.png")
+        draw(checkpoint, "--stream", "--num", "4", "--labels", "b,d", "--out", out)
+        names = [f"s_{count:03d}.png" for count in (4, 8, 12, 16)]
+        names += ["ar.pt", "s.gif", "s.png", "s_steps.png"]
+        assert sorted(os.listdir(root)) == sorted(names)
+        frames = Image.open(os.path.join(root, "s.gif"))
+        assert frames.n_frames == 4 and Image.open(out).size == (4 * 64 + 6, 64)
+        assert Image.open(os.path.join(root, "s_steps.png")).size == (4 * 64 + 6, 4 * 64 + 6)
+        last, offline = np.array(Image.open(out)), os.path.join(root, "grid.png")
+        draw(checkpoint, "--num", "4", "--labels", "b,d", "--out", offline)
+        offline = np.array(Image.open(offline))                              # two columns
+        for i in range(4):
+            top, left = i // 2 * 66, i % 2 * 66
+            assert levels_apart(offline[top:top + 64, left:left + 64],
+                                last[:, i * 66:i * 66 + 64]) <= 1
+
+
+def test_first_tokens_only_are_drawn_and_decoded():
+    drawn = []
+
+    class Counting(model_ar.Sampler):
+        def predict(self, x, pos, length):
+            drawn.append(pos)
+            super().predict(x, pos, length)
+    with tempfile.TemporaryDirectory() as root, patched(sample, "Sampler", Counting):
+        checkpoint, path = small_checkpoint(root), os.path.join(root, "s.npz")
+        draw(checkpoint, "--num", "2", "--tokens", "8", "--npz", path)
+        assert len(drawn) == 8
+        keys = torch.tensor([mt.seed_of(0, 9, 0), mt.seed_of(0, 9, 1)])
+        labels = torch.tensor(np.random.default_rng((0, 10, 0)).permutation(5)[:2])
+        tokens = small_ar().generate(labels, (1.1, 3.0), keys=keys)
+        noise = mt.noise_of(0, 8, [0, 1], (3, 32, 32), "cpu")
+        expected = mt.to_uint8(small_tokenizer().decode(tokens, noise, groups=2))
+        assert levels_apart(samples_in(path), expected) <= 1
+
+
+def test_layouts_keep_the_first_tokens_of_the_reference():
+    with tempfile.TemporaryDirectory() as root:
+        checkpoint, out = small_checkpoint(root), os.path.join(root, "s.png")
+        path, image = os.path.join(root, "image.png"), mt.image_grid(pictures(1), 1)
+        image.save(path)
+        draw(checkpoint, "--prefix", path, "--keep", "0,5,16", "--labels", "a,c", "--out", out)
+        grid = mt.to_tensor(Image.open(out))
+        cells = [[grid[:, 66 * row:66 * row + 64:2, 66 * column:66 * column + 64:2]
+                  for column in range(3)] for row in range(3)]
+        reference = mt.to_tensor(mt.center_crop(image, 32))
+        tokenizer, labels = small_tokenizer(), torch.tensor([0, 2])
+        tokens = tokenizer.encode(reference[None]).expand(2, -1)
+        noise = mt.noise_of(0, 8, [0, 1], (3, 32, 32), "cpu")
+        keys = torch.tensor([mt.seed_of(0, 9, 0), mt.seed_of(0, 9, 1)])
+        for row, kept in enumerate((0, 5, 16)):
+            drawn = small_ar().generate(labels, (1.1, 3.0), tokens[:, :kept], keys=keys)
+            assert torch.equal(drawn[:, :kept], tokens[:, :kept])
+            expected = tokenizer.decode(drawn, noise).clamp(-1, 1)
+            close(cells[row][0], reference, 0.01)                            # a level of 255
+            close(torch.stack(cells[row][1:]), expected, 0.02)
+
+
+def test_reconstructions_come_with_the_same_crops_and_psnr():
+    with tempfile.TemporaryDirectory() as root:
+        checkpoint, folder = small_checkpoint(root), os.path.join(root, "images")
+        make_folder(folder, 5)
+        said = draw(checkpoint, "--reconstruct", folder, "--batch", "4", "--out",
+                    os.path.join(root, "r.png"))
+        originals = samples_in(os.path.join(root, "r_originals.npz"))
+        decoded = samples_in(os.path.join(root, "r_reconstructions.npz"))
+        paths = sample.find_images(folder)
+        assert originals.shape == decoded.shape == (10, 32, 32, 3) and len(paths) == 10
+        for path, original in zip(paths, originals):
+            assert np.array_equal(mt.center_crop(Image.open(path), 32), original)
+        error = ((originals / 255.0 - decoded / 255.0) ** 2).mean((1, 2, 3))
+        assert f"PSNR {np.mean(-10 * np.log10(error)):.2f} dB over 10 images" in said
+        with open(paths[3], "w") as file:
+            file.write("no image")
+        raises(ValueError, f"{paths[3]} cannot be read", draw, checkpoint, "--reconstruct", folder)
+
+
+def test_compiled_generation_draws_the_same_tokens():
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        raise unittest.SkipTest("no C++ compiler")
+    model = randomised(AR(replace(SMALL_AR, depth=1)))
+    labels, keys = torch.tensor([0, 1, 4]), torch.tensor([5, 6, 7])
+    expected = model.generate(labels, (1.1, 3.0), some_tokens(3)[:, :2], keys=keys)
+    sampler = model_ar.Sampler(model, 3, (1.1, 3.0), chunk=8, compiled=True)
+    for _ in range(2):  # state is kept between calls
+        chunks = [*sampler.stream(labels, some_tokens(3)[:, :2], keys)]
+        assert torch.equal(torch.cat(chunks, 1), expected) and len(chunks) == 2
+
+
+def test_benchmark_prints_rates_and_floors():
+    with tempfile.TemporaryDirectory() as root, patched(sample, "seconds_of", lambda call, _: (
+            call(), 0.5)[1]):
+        said = draw(small_checkpoint(root), "--benchmark", "--batch", "2")
+        assert "AR: 64.0 tokens/s, 4 images/s" in said and "together: 2 images/s" in said
+        said = quietly(sample.main, ["--benchmark", "--size", "toy", "--batch", "2"])
+        assert "guidance off" in said and "peak memory" in said
+
+
+def test_sampling_mistakes_get_one_clear_line():
+    with tempfile.TemporaryDirectory() as root:
+        checkpoint, empty = small_checkpoint(root), os.path.join(root, "empty")
+        os.makedirs(empty)
+        for text, options in (
+                ("--cfg must be", "--cfg 1:2:3"), ("no class 'dog'", "--labels dog"),
+                ("no class '5'", "--labels 5"), ("--keep must be", "--prefix %s --keep 17"),
+                ("--keep must be", "--prefix %s --keep x"), ("--keep needs --prefix", "--keep 4"),
+                ("--size needs --benchmark", "--size L"), ("--num must be", "--num 0"),
+                ("--top-k must be", "--top-k -1"), ("--tokens must be a multiple", "--tokens 6"),
+                ("leave --steps out", "--stream --steps 4"),
+                ("up to --batch", "--stream --num 101"), ("--seed must be", "--seed -1"),
+                ("no images in", f"--reconstruct {empty}"), ("--top-p must be", "--top-p 0"),
+                ("cannot be read", "--prefix %s" % checkpoint)):
+            image = os.path.join(root, "image.png")
+            mt.image_grid(pictures(1), 1).save(image)
+            raises(ValueError, text, draw, checkpoint, *options.replace("%s", image).split())
+        for text, options in (("no image at", "--prefix nowhere"),
+                              ("no folder nowhere", "--reconstruct nowhere")):
+            raises(FileNotFoundError, text, draw, checkpoint, *options.split())
+        raises(FileNotFoundError, "no checkpoint at", draw, "nowhere.pt")
+        tokenizer = os.path.join(root, "tokenizer.pt")
+        mt.save_checkpoint(tokenizer, mt.pack_tokenizer(small_tokenizer()))
+        raises(ValueError, "is not a checkpoint of kind 'ar'", draw, tokenizer)
+
+
+# ---- Losses of other networks --------------------------------------------------------------------
 
 def test_losses_without_weights_name_the_file_and_the_way_round():
     def offline(*args, **kwargs):
@@ -809,8 +1045,10 @@ def test_sampling_from_released_files_draws_what_the_library_draws():
         quietly(sample.main, ["--ckpt", released("ar"), "--tokenizer", released("tok"), "--labels",
                               "3,7", "--num", "2", "--cfg", "1.1:8", "--seed", "5", "--out", out])
         ar, tokenizer = load_ar(released("ar")), load_tokenizer(released("tok"))
-        torch.manual_seed(5)
-        images = tokenizer.decode(ar.generate(torch.tensor([3, 7]), (1.1, 8.0)))
+        keys = torch.tensor([mt.seed_of(5, 9, 0), mt.seed_of(5, 9, 1)])
+        tokens = ar.generate(torch.tensor([3, 7]), (1.1, 8.0), keys=keys)
+        size = tokenizer.config.image_size
+        images = tokenizer.decode(tokens, mt.noise_of(5, 8, [0, 1], (3, size, size), "cpu"))
         assert Image.open(out).tobytes() == mt.image_grid(images, 2).tobytes()
         raises(ValueError, "give --tokenizer FILE", sample.main, ["--ckpt", released("ar")])
 
@@ -931,7 +1169,7 @@ def test_importing_does_nothing():
     code = ("import sys; sys.argv = ['x', '--odd']; import train_ar, sample; "
             "assert not {'lpips', 'torchvision'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=os.path.dirname(os.path.abspath(__file__)))
+                          cwd=HERE)
     assert done.returncode == 0 and done.stdout == "", done.stderr
 
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model_ar import AR, SIZES, ARConfig
-from model_tokenizer import (Tokenizer, build_config, center_crop, image_grid, load_checkpoint,
-                             load_tokenizer, pack_tokenizer, resize_shorter, run, save_checkpoint,
-                             to_tensor)
-from train_tokenizer import (Clock, Shuffle, forward_flops, join_processes, learning_rate,
-                             local_batch, open_data, parse_config, positions, seed_of, seeded,
-                             some_of, update_ema, utilisation, wait, write_log)
+from model_tokenizer import (Tokenizer, build_config, center_crop, count_flops, image_grid,
+                             load_checkpoint, load_tokenizer, pack_tokenizer, resize_shorter, run,
+                             save_checkpoint, seed_of, seeded, to_tensor)
+from train_tokenizer import (Clock, Shuffle, join_processes, learning_rate, local_batch, open_data,
+                             parse_config, positions, some_of, update_ema, utilisation, wait,
+                             write_log)
 
 
 @dataclass
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None):
               f"{config.steps}, {world} x {device}", flush=True)
 
     # Compile, distribute
-    flops = 3 * forward_flops(model, val_labels[:1], val_tokens[:1]) if on_gpu else 0
+    flops = 3 * count_flops(lambda: model(val_labels[:1], val_tokens[:1])) if on_gpu else 0
     if config.compile and on_gpu:
         for block in model.blocks:
             block.compile(dynamic=False)

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
-from model_tokenizer import (TOKENIZERS, Tokenizer, TokenizerConfig, build_config, center_crop,
-                             group_of, image_grid, load_checkpoint, pack_tokenizer,
-                             resize_shorter, run, save_checkpoint, to_tensor)
+from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Tokenizer, TokenizerConfig, build_config,
+                             center_crop, count_flops, group_of, image_grid, load_checkpoint,
+                             noise_of, pack_tokenizer, psnr, read_image, resize_shorter, run,
+                             save_checkpoint, seeded, to_tensor)
 
 
 @dataclass
@@ -147,24 +147,6 @@ def learning_rate(step: int, config) -> float:
     return rate if left >= 1 else config.lr_final + (rate - config.lr_final) * left
 
 
-def seed_of(*numbers: int) -> int:
-    """A seed that is a function of the numbers: (seed, purpose, step), say."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def seeded(*numbers: int, device="cpu") -> torch.Generator:
-    """A random generator that is a function of the numbers."""
-    return torch.Generator(device).manual_seed(seed_of(*numbers))
-
-
-def noise_like(images: Tensor, places: Tensor, seed: int) -> Tensor:
-    """Standard normal noise like images (B, 3, H, W), each of (seed, stream position)."""
-    device, shape = images.device, images.shape[1:]
-    return torch.stack([torch.randn(shape, device=device, generator=seeded(seed, 5, place,
-                                                                           device=device))
-                        for place in places.tolist()])
-
-
 def update_ema(ema: nn.Module, model: nn.Module, decay: float):
     """ema <- decay * ema + (1 - decay) * model, in one fused call."""
     with torch.no_grad():
@@ -220,14 +202,6 @@ def utilisation(flops_per_second: float) -> dict:
     peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # vendor's data sheets
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {"mfu": flops_per_second / peak for gpu, peak in peaks.items() if gpu in name}
-
-
-def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
-    """Floating-point operations of one forward pass on inputs of batch 1."""
-    model(*inputs)  # makes the attention biases, which cannot be made under the counter
-    with FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    return counter.get_total_flops()
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -302,7 +276,6 @@ class Shapes:
 
 class Folder:
     """Images in one sub-folder a class, the classes in sorted order. Raises ValueError if none."""
-    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
     def __init__(self, root: str, size: int):
         self.size = size
@@ -310,7 +283,7 @@ class Folder:
         self.items = [(os.path.join(root, name, file), label)
                       for label, name in enumerate(self.classes)
                       for file in sorted(os.listdir(os.path.join(root, name)))
-                      if file.lower().endswith(self.endings)]
+                      if file.lower().endswith(IMAGE_ENDINGS)]
         if not self.items:
             raise ValueError(f"no images in {root}: it must hold one sub-folder of images a class")
 
@@ -322,12 +295,7 @@ class Folder:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         path, label = self.items[i]
-        try:
-            image = Image.open(path)
-            image.draft("RGB", (2 * self.size,) * 2)  # large JPEGs are decoded at a fraction
-            return image.convert("RGB"), label
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read as an image ({error})") from None
+        return read_image(path, self.size), label
 
 
 def open_data(data: str, size: int) -> tuple:
@@ -495,12 +463,6 @@ class CodebookUse:
         self.age = torch.where(dead, 0, self.age)
 
 
-def psnr(decoded: Tensor, images: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of decoded images (B, 3, H, W) in [-1, 1], clipped."""
-    error = (decoded.clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4       # pixels in [0, 1]
-    return (-10 * error.log10()).mean().item()
-
-
 @torch.no_grad()
 def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[float, Image.Image]:
     """PSNR in dB of reconstructions of images (B, 3, H, W), and a picture of the first 8: the
@@ -563,7 +525,8 @@ def main(argv: list[str] | None = None):
 
     # Compile, distribute
     blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.diffusion.blocks]
-    flops = 3 * forward_flops(model, shown[:1], shown.new_zeros(1), shown[:1]) if on_gpu else 0
+    one = shown[:1], shown.new_zeros(1), shown[:1]
+    flops = 3 * count_flops(lambda: model(*one)) if on_gpu else 0
     if config.compile and on_gpu:
         for block in blocks:
             block.compile(dynamic=False)
@@ -585,7 +548,7 @@ def main(argv: list[str] | None = None):
         for part in range(config.accumulate):
             images, _, places = next(data)
             mine = places - step * config.batch                              # (micro,)
-            noise = noise_like(images, places, config.seed)
+            noise = noise_of(config.seed, 5, places.tolist(), images.shape[1:], device)
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):

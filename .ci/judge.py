@@ -14,9 +14,9 @@ from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model_ar import load_ar  # noqa: E402
-from model_tokenizer import load_tokenizer, to_tensor  # noqa: E402
+from model_tokenizer import load_tokenizer, psnr, to_tensor  # noqa: E402
 from sample import parse_cfg  # noqa: E402
-from train_tokenizer import open_data, psnr  # noqa: E402
+from train_tokenizer import open_data  # noqa: E402
 
 
 def stack(data, first, last):
