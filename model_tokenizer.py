@@ -16,6 +16,7 @@ u is the time before the shift of Eq. 8. "Sec." and "Eq." are the paper's; "rele
 authors' public release.
 """
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -571,21 +572,37 @@ class Tokenizer(nn.Module):
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def read_image(path: str, size: int) -> Image.Image:
-    """The image in a file in RGB; a JPEG more than twice as large as `size` pixels is decoded at a
-    fraction. EXIF turns are ignored, as everybody does on ImageNet. Raises FileNotFoundError and
-    ValueError."""
+@contextlib.contextmanager
+def reading(path: str):
+    """Turns what goes wrong inside into a FileNotFoundError or ValueError that names the file."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no image at {path}")
     try:
+        yield
+    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, bombs, ...
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as an image ({reason})") from None
+
+
+def open_image(path: str) -> Image.Image:
+    """The image in a file, not decoded yet. Raises FileNotFoundError and ValueError."""
+    with reading(path):
         image = Image.open(path)
+        if max(image.size) > 50 * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        return image
+
+
+def read_image(path: str, size: int) -> Image.Image:
+    """The image in a file in RGB; a JPEG more than twice as large as `size` pixels is decoded at a
+    fraction. EXIF turns are ignored, as is custom on ImageNet. Raises FileNotFoundError and
+    ValueError."""
+    image = open_image(path)
+    with reading(path):
         image.draft("RGB", (2 * size,) * 2)
         if image.mode.startswith("I"):  # 16 bits a pixel
             image = Image.fromarray((np.array(image) / 256).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, bombs, ...
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as an image ({reason})") from None
 
 
 def to_tensor(image: Image.Image) -> Tensor:

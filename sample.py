@@ -29,8 +29,8 @@ from torch import Tensor
 
 from model_ar import AR, SIZES, Sampler, load_ar
 from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Step, Tokenizer, center_crop, count_flops,
-                             image_grid, load_tokenizer, noise_of, peak_memory, psnr, read_file,
-                             read_image, run, seed_of, to_tensor, to_uint8)
+                             image_grid, load_tokenizer, noise_of, open_image, peak_memory, psnr,
+                             read_file, read_image, run, seed_of, to_tensor, to_uint8)
 
 
 # ---- What the user says --------------------------------------------------------------------------
@@ -381,13 +381,16 @@ def digest(*paths: str | None) -> str:
 
 
 def find_images(root: str) -> list[str]:
-    """Paths of all images under a folder, in sorted order. Raises FileNotFoundError, ValueError."""
+    """Paths of all images under a folder, in sorted order. Raises FileNotFoundError and, also for a
+    file that is no image, ValueError."""
     if not os.path.isdir(root):
         raise FileNotFoundError(f"no folder {root}; give --reconstruct DIR")
     paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root)
                    for name in names if name.lower().endswith(IMAGE_ENDINGS))
     if not paths:
         raise ValueError(f"no images in {root}: endings must be {', '.join(IMAGE_ENDINGS)}")
+    for path in paths:
+        open_image(path).close()
     return paths
 
 

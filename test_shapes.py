@@ -790,7 +790,9 @@ def test_reconstructions_come_with_the_same_crops_and_psnr():
         assert f"PSNR {np.mean(-10 * np.log10(error)):.2f} dB over 10 images" in said
         with open(paths[3], "w") as file:
             file.write("no image")
-        raises(ValueError, f"{paths[3]} cannot be read", draw, checkpoint, "--reconstruct", folder)
+        raises(ValueError, f"{paths[3]} cannot be read", draw, checkpoint, "--reconstruct", folder,
+               "--out", os.path.join(root, "other.png"))
+        assert not [name for name in os.listdir(root) if "other" in name]
 
 
 def test_compiled_generation_draws_the_same_tokens():
