@@ -18,11 +18,13 @@ authors' public release.
 import argparse
 import contextlib
 import functools
+import json
 import math
 import os
 import re
 import resource
 import sys
+import time
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -654,13 +656,83 @@ def image_grid(images: Tensor, columns: int) -> Image.Image:
 
 
 def save_checkpoint(path: str, checkpoint: dict):
-    """Writes a dict of tensors and plain Python so that `path` always holds a whole checkpoint."""
+    """Writes a dict of tensors and plain Python, so that `path` always holds a whole checkpoint;
+    the one that it held moves to `path`.previous. Raises ValueError, on a full disk say."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".tmp", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        os.remove(path + ".tmp")
+        raise ValueError(f"{path} could not be written ({' '.join(str(error).split())}); what was "
+                         "saved before is whole") from None
+    if os.path.exists(path):
+        os.replace(path, path + ".previous")
     os.replace(path + ".tmp", path)
+
+
+def make_parts(folder: str, count: int, size: int, settings: dict,
+               make: Callable[[list[list[int]]], Iterator[np.ndarray]], rate: Callable[[int], str]):
+    """Makes rows 0 ... count - 1 of an array that takes long, `size` rows a file in `folder`, so
+    that it goes on where it was killed. Each process takes a share; they meet in the folder only,
+    and the first one returns when all files are there.
+
+    make(todo): yields the rows (n, ...) of each list of numbers in `todo`, one after another.
+    rate(n): tells how fast n rows were made. Raises ValueError where the folder was begun with
+    other `settings`.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    os.makedirs(folder, exist_ok=True)
+    about, settings = os.path.join(folder, "settings.json"), {**settings, "size": size,
+                                                              "count": count}
+    if not os.path.exists(about):
+        with open(f"{about}.{rank}", "w") as file:
+            json.dump(settings, file)
+        os.replace(f"{about}.{rank}", about)
+    with open(about) as file:
+        if json.load(file) != settings:
+            raise ValueError(f"{folder} was begun with other settings; go on with the same ones, "
+                             "or remove it")
+
+    def path(first: int) -> str:
+        return os.path.join(folder, f"{first:08d}.npy")
+
+    def done() -> int:
+        return sum(name.endswith(".npy") for name in os.listdir(folder))
+
+    todo = [[*range(first, min(first + size, count))]
+            for first in range(rank * size, count, world * size) if not os.path.exists(path(first))]
+    began, at_start, made, total = time.time(), done(), 0, -(-count // size)
+    for numbers, rows in zip(todo, make(todo)):
+        with open(path(numbers[0]) + ".tmp", "wb") as file:
+            np.save(file, rows)
+        os.replace(path(numbers[0]) + ".tmp", path(numbers[0]))
+        made += len(rows)
+        if rank == 0:
+            now = done()
+            seconds = (time.time() - began) / (now - at_start) * (total - now)
+            print(f"{min(now * size, count):,} of {count:,} images, {rate(made)}, "
+                  f"{seconds / 60:.1f} min left", flush=True)
+    while rank == 0 and done() < total:  # others are still at it; if one fails, torchrun ends this
+        time.sleep(0.2)
+
+
+def read_parts(folder: str) -> Iterator[np.ndarray]:
+    """The rows that `make_parts` wrote, file by file."""
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".npy"):
+            yield np.load(os.path.join(folder, name))
+
+
+def write_array(file, parts: Iterable[np.ndarray], count: int):
+    """Writes parts (n, ...) as one .npy array (count, ...), holding one part at a time."""
+    for i, part in enumerate(parts):
+        if i == 0:
+            np.lib.format.write_array_header_1_0(file, {
+                "descr": part.dtype.str, "fortran_order": False, "shape": (count, *part.shape[1:])})
+        file.write(part.tobytes())
 
 
 class _ReleasedSettings:
@@ -693,6 +765,20 @@ def load_checkpoint(path: str, kind: str, device="cpu") -> dict:
         raise ValueError(f"{path} is not a checkpoint of kind {kind!r} "
                          f"(found: {saved.get('kind')!r})")
     return saved
+
+
+def load_last(path: str, kind: str, device="cpu") -> dict | None:
+    """The checkpoint at `path` or, where that is missing or cannot be read, the one saved before
+    it; None where there is neither. Raises ValueError where none of them can be read."""
+    paths = [name for name in (path, path + ".previous") if os.path.exists(name)]
+    for name in paths:
+        try:
+            return load_checkpoint(name, kind, device)
+        except ValueError as error:
+            if name == paths[-1]:
+                raise
+            print(f"{error}; going on from {paths[-1]}", flush=True)
+    return None
 
 
 def build_config(cls, values: dict, source: str):

@@ -15,7 +15,6 @@ with --tokenizer. Image i is a function of the seed and i. Everything is written
 import argparse
 import glob
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -29,8 +28,9 @@ from torch import Tensor
 
 from model_ar import AR, SIZES, Sampler, load_ar
 from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Step, Tokenizer, center_crop, count_flops,
-                             image_grid, load_tokenizer, noise_of, open_image, peak_memory, psnr,
-                             read_file, read_image, run, seed_of, to_tensor, to_uint8)
+                             image_grid, load_tokenizer, make_parts, noise_of, open_image,
+                             peak_memory, psnr, read_file, read_image, read_parts, run, seed_of,
+                             to_tensor, to_uint8, write_array)
 
 
 # ---- What the user says --------------------------------------------------------------------------
@@ -277,62 +277,11 @@ def write_layouts(pipeline: Pipeline, args, labels: list[int], reference: Tensor
 
 # ---- Many images ---------------------------------------------------------------------------------
 
-def make_parts(folder: str, count: int, batch: int, settings: dict,
-               make: Callable[[list[int]], np.ndarray], rate: Callable[[int], str]):
-    """Writes make([first ... last - 1]), uint8 (n, ...), for each batch of 0 ... count - 1 to a
-    file in `folder`, unless it is there. Each process takes its share of what is missing; they meet
-    in the folder only, and the first one returns when all is there. rate(n) tells how fast n images
-    were made. Raises ValueError where the folder belongs to a run with other settings."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    os.makedirs(folder, exist_ok=True)
-    about, settings = os.path.join(folder, "settings.json"), {**settings, "batch": batch,
-                                                              "count": count}
-    if not os.path.exists(about):
-        with open(f"{about}.{rank}", "w") as file:
-            json.dump(settings, file)
-        os.replace(f"{about}.{rank}", about)
-    with open(about) as file:
-        if json.load(file) != settings:
-            raise ValueError(f"{folder} was begun with other settings; go on with the same ones, "
-                             "or remove it")
-
-    def done() -> int:
-        return sum(name.endswith(".npy") for name in os.listdir(folder))
-
-    began, at_start, made, total = time.time(), done(), 0, -(-count // batch)
-    for first in range(rank * batch, count, world * batch):
-        path = os.path.join(folder, f"{first:07d}.npy")
-        if os.path.exists(path):
-            continue
-        pixels = make([*range(first, min(first + batch, count))])
-        with open(path + ".tmp", "wb") as file:
-            np.save(file, pixels)
-        os.replace(path + ".tmp", path)
-        made += len(pixels)
-        if rank == 0:
-            now = done()
-            seconds = (time.time() - began) / (now - at_start) * (total - now)
-            print(f"{min(now * batch, count):,} of {count:,} images, {rate(made)}, "
-                  f"{seconds / 60:.1f} min left", flush=True)
-    while rank == 0 and done() < total:  # others are still at it; if one fails, torchrun ends this
-        time.sleep(0.2)
-
-
-def read_parts(folder: str) -> Iterator[np.ndarray]:
-    for name in sorted(os.listdir(folder)):
-        if name.endswith(".npy"):
-            yield np.load(os.path.join(folder, name))
-
-
 def write_npz(path: str, parts: Iterator[np.ndarray], count: int):
     """One array arr_0 (count, ...) uint8 of parts (n, ...), which are held one at a time."""
     with zipfile.ZipFile(path + ".tmp", "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            for i, part in enumerate(parts):
-                if i == 0:
-                    np.lib.format.write_array_header_1_0(file, {
-                        "descr": "|u1", "fortran_order": False, "shape": (count, *part.shape[1:])})
-                file.write(part.tobytes())
+            write_array(file, parts, count)
     os.replace(path + ".tmp", path)
 
 
@@ -344,16 +293,17 @@ def write_samples(pipeline: Pipeline, args, labels: list[int]):
         turn, place = divmod(number, len(labels))
         return labels[np.random.default_rng((args.seed, 10, turn)).permutation(len(labels))[place]]
 
-    def make(numbers: list[int]) -> np.ndarray:
-        began, padded = time.time(), pipeline.pad(numbers)
-        groups = pipeline.token_groups(padded, [label(number) for number in padded])
-        tokens = torch.cat([*groups], 1)
-        pipeline.wait()
-        drawn = time.time()
-        pixels = to_uint8(pipeline.decode(padded, tokens)[:len(numbers)])
-        seconds["AR"] += drawn - began
-        seconds["decoder"] += time.time() - drawn
-        return pixels
+    def make(todo: list[list[int]]) -> Iterator[np.ndarray]:
+        for numbers in todo:
+            began, padded = time.time(), pipeline.pad(numbers)
+            groups = pipeline.token_groups(padded, [label(number) for number in padded])
+            tokens = torch.cat([*groups], 1)
+            pipeline.wait()
+            drawn = time.time()
+            pixels = to_uint8(pipeline.decode(padded, tokens)[:len(numbers)])
+            seconds["AR"] += drawn - began
+            seconds["decoder"] += time.time() - drawn
+            yield pixels
 
     def rate(made: int) -> str:
         return "a process: " + ", ".join(f"{name} {made / spent:.1f} images/s"
@@ -399,14 +349,12 @@ def write_reconstructions(pipeline: Pipeline, args, paths: list[str]):
     stem, size = os.path.splitext(args.out)[0], pipeline.tokenizer.config.image_size
     began, names = time.time(), [f"{stem}_originals.npz", f"{stem}_reconstructions.npz"]
 
-    def make(numbers: list[int]) -> np.ndarray:
-        padded = pipeline.pad(numbers)
-        images = torch.stack([to_tensor(center_crop(read_image(paths[number], size), size))
-                              for number in numbers]).to(pipeline.device)
-        images = images[[min(i, len(numbers) - 1) for i in range(len(padded))]]
-        tokens = pipeline.tokenizer.encode(images)
-        decoded = pipeline.decode(padded, tokens)
-        return np.stack([to_uint8(images), to_uint8(decoded)], 1)[:len(numbers)]
+    def make(todo: list[list[int]]) -> Iterator[np.ndarray]:
+        for numbers in todo:
+            images = torch.stack([to_tensor(center_crop(read_image(paths[number], size), size))
+                                  for number in pipeline.pad(numbers)]).to(pipeline.device)
+            decoded = pipeline.decode(pipeline.pad(numbers), pipeline.tokenizer.encode(images))
+            yield np.stack([to_uint8(images), to_uint8(decoded)], 1)[:len(numbers)]
 
     def rate(made: int) -> str:
         return f"a process: {made / (time.time() - began):.1f} images/s"
