@@ -45,7 +45,9 @@ SIZES = {  # with 16384 tokens and 1000 classes (Sec. 4)
     "XXL": ARConfig(depth=48, width=1536, heads=24),  # 1,410,972,672
     # For the toy tokenizer's 32 tokens of the built-in pictures.
     "toy": ARConfig(depth=4, width=128, heads=4, num_tokens=32, vocab_size=512, num_classes=10,
-                    dropout=0.0)}
+                    dropout=0.0),
+    # For the cifar tokenizer's 64 tokens of photographs of 32 pixels.
+    "cifar": ARConfig(depth=12, width=512, heads=8, num_tokens=64, vocab_size=4096, num_classes=10)}
 
 
 def rope_1d(length: int, head_dim: int, base: float, device=None) -> Tensor:

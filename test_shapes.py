@@ -446,7 +446,7 @@ def test_folders_are_read_in_sorted_order_and_any_mode():
         make_folder(root, 5)
         data = train_tokenizer.Folder(root, 32)
         assert data.classes == ["a_dog", "b_cat"]
-        assert [data.label(i) for i in range(10)] == [0] * 5 + [1] * 5
+        assert [data[i][1] for i in range(10)] == [0] * 5 + [1] * 5
         assert all(data[i][0].mode == "RGB" for i in range(10))
         train, held_out = train_tokenizer.open_data(root, 32)
         assert len(train) == 9 and len(held_out) == 1 and held_out.items[0] not in train.items
@@ -607,12 +607,13 @@ def test_ar_training_resumes_exactly_and_its_checkpoint_samples():
         options = TINY_AR + ["--dropout", "0.1", "--tokenizer", tokenizer,
                              "--codes", os.path.join(root, "codes")]
         whole = interrupted_run_ends_as_the_whole(train_ar, options, root)
-        file, = os.listdir(os.path.join(root, "codes"))
+        about, file = sorted(os.listdir(os.path.join(root, "codes")))
         codes = np.load(os.path.join(root, "codes", file))
         config = load_tokenizer(tokenizer).config
-        assert codes.dtype == np.uint16 and codes.shape == (30, config.num_tokens)
+        assert codes.dtype == np.uint16 and codes.shape == (30, 1 + config.num_tokens)
+        assert about.endswith(".json") and codes[:, 0].tolist() == [i % 10 for i in range(30)]
         picture = mt.to_tensor(train_tokenizer.Shapes(0, 30, config.image_size)[7][0])
-        assert np.array_equal(load_tokenizer(tokenizer).encode(picture[None])[0], codes[7])
+        assert np.array_equal(load_tokenizer(tokenizer).encode(picture[None])[0], codes[7, 1:])
 
         # Another tokenizer, in the same place: noticed.
         checkpoint = torch.load(tokenizer, weights_only=True)

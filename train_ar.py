@@ -11,7 +11,10 @@ carry the tokenizer.
 import copy
 import hashlib
 import os
+import shutil
+import time
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Iterator
 
 import numpy as np
@@ -22,12 +25,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_ar import AR, SIZES, ARConfig
+from model_ar import AR, SIZES, ARConfig, load_ar
 from model_tokenizer import (Tokenizer, build_config, center_crop, count_flops, image_grid,
-                             load_checkpoint, load_tokenizer, pack_tokenizer, resize_shorter, run,
-                             save_checkpoint, seed_of, seeded, to_tensor)
-from train_tokenizer import (Clock, Shuffle, join_processes, learning_rate, local_batch, open_data,
-                             parse_config, positions, some_of, update_ema, utilisation, wait,
+                             load_last, load_tokenizer, make_parts, pack_tokenizer, read_parts,
+                             resize_shorter, run, save_checkpoint, seed_of, seeded, to_tensor,
+                             write_array)
+from train_tokenizer import (Clock, Shuffle, Stop, Stream, Unreadable, batches, join_processes,
+                             learning_rate, local_batch, open_data, parse_config, positions,
+                             read_or_next, some_of, start_from, update_ema, utilisation, wait,
                              write_log)
 
 
@@ -35,11 +40,15 @@ from train_tokenizer import (Clock, Shuffle, join_processes, learning_rate, loca
 class TrainConfig:
     """Settings of a run. Defaults are the paper's (RandAR's); their source is in brackets."""
     out: str = "out/ar"              # folder of checkpoints, log and pictures
+    init_from: str = ""              # checkpoint whose weights a new run starts from
     data: str = "data/imagenet"      # folder of images, or "shapes": the built-in pictures
     tokenizer: str = "out/tokenizer/last.pt"  # checkpoint of the tokenizer
     codes: str = "out/codes"         # folder of the images' tokens, written by the first run
-    size: str = "L"                  # B, L, XL, XXL or toy: see SIZES in model_ar.py (Sec. 4)
-    views: int = 10                  # crops of each image: 10, 2 (centre, mirrored) or 1 (RandAR)
+    size: str = "L"                  # see SIZES in model_ar.py (Sec. 4)
+    views: int = 10                  # crops of each image: 10, 2 (centre, mirrored) or 1 (RandAR);
+    #                                  0: random crops, encoded anew in each epoch
+    resize_max: float = 1.1          # with 0 views: shorter side up to 1.1 x image_size
+    flip: bool = True                # with 0 views: mirror half of the images
     steps: int = 375_000             # 300 epochs of ImageNet (Sec. 5)
     batch: int = 1024                # images a step, over all processes (Sec. 5)
     accumulate: int = 1              # backward passes a step; `batch` stays what it is
@@ -70,7 +79,11 @@ PRESETS = {
     "paper": (TrainConfig(),),
     "toy": (TrainConfig(data="shapes", size="toy", views=1, steps=800, batch=64, lr=2e-3,
                         lr_final=1e-4, warmup_steps=50, decay_steps=500, ema=0.98,
-                        dropout=0.0, cfg_end=3.0, workers=0, eval_every=400, save_every=200),)}
+                        flip=False, resize_max=1.0, dropout=0.0, cfg_end=3.0, workers=0,
+                        eval_every=400, save_every=200),),
+    "cifar": (TrainConfig(data="data/cifar10", size="cifar", views=2, steps=20_000, batch=256,
+                          lr_final=4e-5, warmup_steps=200, decay_steps=10_000, ema=0.999,
+                          cfg_end=3.0, workers=4, eval_every=1000, save_every=500),)}
 
 
 # ---- Codes: the tokens of all images -------------------------------------------------------------
@@ -89,7 +102,8 @@ def crop_view(image: Image.Image, size: int, view: int, views: int) -> Image.Ima
 
 
 class Views(torch.utils.data.Dataset):
-    """All fixed crops of the images: item i is (views, 3, H, W)."""
+    """All fixed crops of the images: item i is (views, 3, H, W), a label, and what could not be
+    read on the way."""
 
     def __init__(self, source, size: int, views: int):
         self.source, self.size, self.views = source, size, views
@@ -97,48 +111,84 @@ class Views(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i: int) -> Tensor:
-        image = self.source[i][0]
-        return torch.stack([to_tensor(crop_view(image, self.size, view, self.views))
-                            for view in range(self.views)])
+    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
+        image, label, unreadable = read_or_next(self.source, i)
+        crops = [crop_view(image, self.size, view, self.views) for view in range(self.views)]
+        return torch.stack([to_tensor(crop) for crop in crops]), label, unreadable
 
 
-def encode_all(tokenizer: Tokenizer, views: Views, items: list[int],
-               workers: int) -> Iterator[np.ndarray]:
-    """Tokens (n * views, N) uint16 of the images `items`, batch by batch, in float32."""
+def encode_all(tokenizer: Tokenizer, views: Views, items: list[int], workers: int,
+               unreadable: Unreadable) -> Iterator[np.ndarray]:
+    """For each image of `items`, a row (1 + views * N,) uint16: its label, then the tokens of its
+    crops, made in float32."""
     device = tokenizer.quantizer.codebook.device
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(views, items),
                                          max(1, 128 // views.views), num_workers=workers)
-    for images in loader:                                                    # (n, views, 3, H, W)
-        yield tokenizer.encode(images.flatten(0, 1).to(device)).cpu().numpy().astype(np.uint16)
+    for images, labels, lines in loader:                                     # (n, views, 3, H, W)
+        unreadable.note(lines)
+        tokens = tokenizer.encode(images.flatten(0, 1).to(device)).cpu()     # (n * views, N)
+        rows = torch.cat([labels[:, None], tokens.view(len(labels), -1)], 1)
+        yield from rows.numpy().astype(np.uint16)
 
 
-def read_codes(folder: str, tokenizer: Tokenizer, views: Views, workers: int, rank: int,
-               world: int) -> np.ndarray:
-    """Tokens (images * views, N) uint16, memory-mapped from a file in `folder`. The first call
-    writes it, each process its share; its name is a digest of the tokenizer and the images."""
-    digest = hashlib.sha256(str((views.views, vars(views.source))).encode())
+def read_codes(config: TrainConfig, tokenizer: Tokenizer, views: Views,
+               unreadable: Unreadable) -> np.ndarray:
+    """Labels and tokens of all images, (images, 1 + views * N) uint16 as in `encode_all`, memory-
+    mapped from a file in the folder `codes`. The first call writes it, each process its share, and
+    goes on where it was killed. The file is named after a digest of the tokenizer and the images,
+    which are described beside it; others need another file."""
+    weights, images = hashlib.sha256(), hashlib.sha256()
     for value in tokenizer.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    path = os.path.join(folder, digest.hexdigest()[:16] + ".npy")
-    if not os.path.exists(path):
-        shape = len(views) * views.views, tokenizer.config.num_tokens
-        if rank == 0:
-            print(f"codes: writing {shape[0]:,} x {shape[1]} tokens to {path}", flush=True)
-            os.makedirs(folder, exist_ok=True)
-            np.lib.format.open_memmap(path + ".tmp", "w+", np.uint16, shape)
-        wait()
-        first, last = (len(views) * r // world for r in (rank, rank + 1))
-        codes, row = np.load(path + ".tmp", mmap_mode="r+"), first * views.views
-        for tokens in encode_all(tokenizer, views, range(first, last), workers):
-            codes[row:row + len(tokens)] = tokens
-            row += len(tokens)
-        codes.flush()
-        wait()
-        if rank == 0:
+        weights.update(value.cpu().numpy().tobytes())
+    images.update(str(vars(views.source)).encode())
+    about = {"tokenizer": weights.hexdigest(), "images": images.hexdigest(), "count": len(views),
+             "views": views.views, "classes": len(views.source.classes)}
+    name = hashlib.sha256(str(about).encode()).hexdigest()[:16]
+    path = os.path.join(config.codes, name + ".npy")
+    missing = not os.path.exists(path)
+    wait()  # all have looked before one writes
+    if missing:
+        began = time.time()
+        size = max(1, min(1024, len(views) // 16))  # images a part
+
+        def make(todo: list[list[int]]) -> Iterator[np.ndarray]:
+            items = [i for numbers in todo for i in numbers]
+            rows = encode_all(tokenizer, views, items, config.workers, unreadable)
+            for numbers in todo:
+                yield np.stack([*islice(rows, len(numbers))])
+
+        make_parts(path + ".parts", len(views), size, about, make, lambda made: (
+            f"tokens of {made / (time.time() - began):.1f} images/s a process"))
+        if int(os.environ.get("RANK", 0)) == 0:
+            with open(path + ".tmp", "wb") as file:
+                write_array(file, read_parts(path + ".parts"), len(views))
+            os.replace(path + ".parts/settings.json", os.path.join(config.codes, name + ".json"))
             os.replace(path + ".tmp", path)
+            shutil.rmtree(path + ".parts")
         wait()
     return np.load(path, mmap_mode="r")
+
+
+def stored_tokens(codes: np.ndarray, config: TrainConfig, count: int, first_step: int, rank: int,
+                  world: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of labels (micro,) and tokens (micro, N) from the codes of `count` images, a random
+    view each; `accumulate` of them are one step."""
+    micro, shuffle = local_batch(config, world), Shuffle(count, config.seed)
+    places = positions(config, first_step, rank, world)
+    while chosen := [*islice(places, micro)]:
+        views = np.random.default_rng((config.seed, 2, chosen[0])).integers(config.views,
+                                                                            size=len(chosen))
+        rows = codes[[shuffle[place] for place in chosen]].astype(np.int64)  # (micro, 1 + views N)
+        tokens = rows[:, 1:].reshape(micro, config.views, -1)[range(micro), views]
+        yield torch.from_numpy(rows[:, 0]), torch.from_numpy(tokens)
+
+
+def fresh_tokens(tokenizer: Tokenizer, stream: Stream, config: TrainConfig, first_step: int,
+                 rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same of random crops, encoded as they come, in float32."""
+    device = tokenizer.quantizer.codebook.device
+    for images, labels, _ in batches(stream, config, first_step, rank, world, device):
+        yield labels, tokenizer.encode(images)
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -168,7 +218,9 @@ def draw_samples(model: AR, tokenizer: Tokenizer, config: TrainConfig) -> Image.
     labels = torch.linspace(0, model.config.num_classes - 1, columns, device=device).long()
     labels = labels[torch.arange(config.eval_samples) % columns]
     noise = torch.randn(len(labels), 3, size, size, generator=seeded(config.seed, 3)).to(device)
-    images = tokenizer.decode(model.generate(labels, (config.cfg_start, config.cfg_end)), noise)
+    keys = torch.arange(len(labels), device=device)
+    tokens = model.generate(labels, (config.cfg_start, config.cfg_end), keys=keys)
+    images = tokenizer.decode(tokens, noise)
     return image_grid(images, columns)
 
 
@@ -180,25 +232,28 @@ def main(argv: list[str] | None = None):
         raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {config.size!r}")
     if config.eval_samples < 1:
         raise ValueError("--eval-samples must be at least 1")
-    if config.views not in (1, 2, 10):
-        raise ValueError(f"--views must be 1, 2 or 10, got {config.views}")
+    if config.views not in (0, 1, 2, 10):
+        raise ValueError(f"--views must be 0, 1, 2 or 10, got {config.views}")
 
     # Processes
     rank, world, device = join_processes()
     master, on_gpu, micro = rank == 0, device.type == "cuda", local_batch(config, world)
 
-    # Data: the tokens of all images
+    # Data: the tokens of all images, and of some held-out ones
     tokenizer = load_tokenizer(config.tokenizer, device)
-    if tokenizer.config.codebook_size > 2 ** 16:
-        raise ValueError("tokens are kept as uint16: the codebook must not exceed 65,536 rows")
-    train, held_out = open_data(config.data, tokenizer.config.image_size)
-    views = Views(train, tokenizer.config.image_size, config.views)
-    codes = read_codes(config.codes, tokenizer, views, config.workers, rank, world)
-    train_labels = np.array([train.label(i) for i in range(len(train))])
-    chosen = some_of(config.eval_images, len(held_out))
-    val_labels = torch.tensor([held_out.label(i) for i in chosen], device=device)
-    val_tokens = encode_all(tokenizer, Views(held_out, views.size, 1), chosen, config.workers)
-    val_tokens = torch.from_numpy(np.concatenate(list(val_tokens)).astype(np.int64)).to(device)
+    size, count = tokenizer.config.image_size, tokenizer.config.num_tokens
+    train, held_out = open_data(config.data, size)
+    if max(tokenizer.config.codebook_size, len(train.classes)) > 2 ** 16:
+        raise ValueError("tokens and labels are kept as uint16: at most 65,536 of them")
+    os.makedirs(config.out, exist_ok=True)
+    unreadable = Unreadable(config.out, len(train) / world)
+    codes = (read_codes(config, tokenizer, Views(train, size, config.views), unreadable)
+             if config.views else None)
+    shown = some_of(config.eval_images, len(held_out))
+    val = np.stack([*encode_all(tokenizer, Views(held_out, size, 1), shown, config.workers,
+                                Unreadable(config.out, len(held_out)))]).astype(np.int64)
+    val_labels, val_tokens = torch.from_numpy(val).to(device).split([1, count], 1)
+    val_labels = val_labels[:, 0]                                            # (n,)
 
     # Model and its running average
     architecture = replace(SIZES[config.size], num_tokens=tokenizer.config.num_tokens,
@@ -206,6 +261,9 @@ def main(argv: list[str] | None = None):
                            num_classes=len(train.classes), dropout=config.dropout)
     torch.manual_seed(config.seed)
     model = AR(architecture).to(device)
+    if config.init_from:  # other classes start anew
+        start_from(model, load_ar(config.init_from, device, count).state_dict(), config.init_from,
+                   ("class_embedding.",))
     ema = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else None
 
     # Optimizer
@@ -217,8 +275,8 @@ def main(argv: list[str] | None = None):
 
     # Resume
     path, first_step = os.path.join(config.out, "last.pt"), 0
-    if os.path.exists(path):
-        saved = load_checkpoint(path, "ar", device)
+    saved = load_last(path, "ar", device)
+    if saved is not None:
         if build_config(ARConfig, saved["config"], path) != architecture:
             raise ValueError(f"{path} has another architecture; give --out with another folder")
         if (ema is None) != (saved["ema"] is None):
@@ -234,7 +292,6 @@ def main(argv: list[str] | None = None):
         optimizer.load_state_dict(saved["optimizer"])
         first_step = saved["step"]
     if master:
-        os.makedirs(config.out, exist_ok=True)
         print(f"ar: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} "
               f"training images in {len(train.classes)} classes, step {first_step} of "
               f"{config.steps}, {world} x {device}", flush=True)
@@ -247,20 +304,17 @@ def main(argv: list[str] | None = None):
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # Loop
-    places = positions(config, first_step, rank, world)
-    shuffle, clock = Shuffle(len(train), config.seed), Clock(config)
+    data = (stored_tokens(codes, config, len(train), first_step, rank, world) if config.views else
+            fresh_tokens(tokenizer, Stream(train, config, size), config, first_step, rank, world))
+    clock, stop = Clock(config), Stop()
     for step in range(first_step, config.steps):
         last = step == config.steps - 1
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
-        torch.manual_seed(seed_of(config.seed, 4, step, rank))               # views and dropouts
+        torch.manual_seed(seed_of(config.seed, 4, step, rank))               # dropouts
         for part in range(config.accumulate):
-            chosen = np.array([shuffle[next(places)] for _ in range(micro)])  # (micro,)
-            labels = torch.from_numpy(train_labels[chosen]).to(device)
-            view = torch.randint(config.views, (micro,)).numpy()
-            tokens = codes[chosen * config.views + view].astype(np.int64)    # (micro, N)
-            tokens = torch.from_numpy(tokens).to(device)
+            labels, tokens = (batch.to(device, non_blocking=True) for batch in next(data))
             dropped = torch.rand(micro, device=device) < config.class_dropout
             labels = labels.masked_fill(dropped, architecture.num_classes)   # the null class
             if world > 1:
@@ -268,18 +322,17 @@ def main(argv: list[str] | None = None):
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 loss, accuracy = token_loss(ddp, labels, tokens)
             (loss / config.accumulate).backward()
-            clock.add({"loss": loss, "accuracy": accuracy})
-        gradient = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            clock.add(step, loss=loss, accuracy=accuracy)
+        clock.add(step, gradient=nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
             update_ema(ema, model, config.ema)
 
         if (step + 1) % config.log_every == 0 or last:
-            means, rate = clock.read()
-            write_log(config, master, step=step + 1, **means, gradient=gradient.item(),
-                      lr=learning_rate(step, config), images_per_s=rate,
-                      **utilisation(rate * flops / world))
+            means = clock.read()
+            write_log(config, master, step=step + 1, **means, lr=learning_rate(step, config),
+                      **utilisation(means["images_per_s"] * flops / world))
         clock.stop()
         if master and ((step + 1) % config.eval_every == 0 or last):
             averaged = model.eval() if ema is None else ema
@@ -289,13 +342,20 @@ def main(argv: list[str] | None = None):
                 draw_samples(averaged, tokenizer, config).save(
                     os.path.join(config.out, f"samples_{step + 1:06d}.png"))
             model.train()
-        if master and ((step + 1) % config.save_every == 0 or last):
-            save_checkpoint(path, {"kind": "ar", "config": asdict(architecture), "step": step + 1,
-                                   "model": model.state_dict(),
-                                   "ema": None if ema is None else ema.state_dict(),
-                                   "optimizer": optimizer.state_dict(), "classes": train.classes,
-                                   "tokenizer": pack_tokenizer(tokenizer)})
+        stopped = stop.asked()
+        if (step + 1) % config.save_every == 0 or last or stopped:
+            clock.check()
+            if master:
+                save_checkpoint(path, {"kind": "ar", "config": asdict(architecture),
+                                       "model": model.state_dict(), "step": step + 1,
+                                       "ema": None if ema is None else ema.state_dict(),
+                                       "optimizer": optimizer.state_dict(),
+                                       "classes": train.classes,
+                                       "tokenizer": pack_tokenizer(tokenizer)})
+        if stopped and not last:
+            stop.leave(step + 1, master)
         clock.start()
+    stop.release()
     if master:
         print(f"ar: {path}")
     if dist.is_initialized():

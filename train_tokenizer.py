@@ -14,6 +14,8 @@ import copy
 import json
 import math
 import os
+import signal
+import sys
 import time
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -28,15 +30,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Tokenizer, TokenizerConfig, build_config,
-                             center_crop, count_flops, group_of, image_grid, load_checkpoint,
-                             noise_of, pack_tokenizer, psnr, read_image, resize_shorter, run,
-                             save_checkpoint, seeded, to_tensor)
+                             center_crop, count_flops, group_of, image_grid, load_last,
+                             load_tokenizer, noise_of, pack_tokenizer, peak_memory, psnr,
+                             read_image, resize_shorter, run, save_checkpoint, seeded, to_tensor)
 
 
 @dataclass
 class TrainConfig:
     """Settings of a run. Defaults are the paper's; their source is in brackets."""
     out: str = "out/tokenizer"       # folder of checkpoints, log and pictures
+    init_from: str = ""              # checkpoint whose weights a new run starts from
     data: str = "data/imagenet"      # folder of images, or "shapes": the built-in pictures
     steps: int = 210_000             # (Sec. 5)
     batch: int = 1024                # images a step, over all processes (Sec. 5)
@@ -74,7 +77,11 @@ PRESETS = {  # name: (settings of the run, architecture)
                         warmup_steps=50, decay_steps=1200, ema=0.99, lpips=0.0,
                         repa=0.0, reseed_after=20, resize_max=1.0, flip=False,
                         workers=0, eval_every=400, save_every=400, eval_images=200),
-            TOKENIZERS["toy"])}
+            TOKENIZERS["toy"]),
+    "cifar": (TrainConfig(data="data/cifar10", steps=20_000, batch=128, lr=1e-3, lr_final=1e-4,
+                          decay_steps=10_000, lpips=0.0, repa=0.0, reseed_after=100,
+                          resize_max=1.125, workers=4, eval_every=1000, save_every=500),
+              TOKENIZERS["cifar"])}
 
 
 # ---- Settings, processes, schedule ---------------------------------------------------------------
@@ -155,10 +162,12 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float):
 
 class Clock:
     """Means of the losses since the last reading, and the images a second that training took,
-    evaluation and saving left out. Adding never waits for the GPU."""
+    evaluation and saving left out. Notes when one was not finite. Adding never waits for the GPU.
+    """
 
     def __init__(self, config):
-        self.config, self.sums, self.added, self.seconds = config, {}, 0, 0.0
+        self.config, self.seconds = config, 0.0
+        self.sums, self.counts, self.wrong = {}, {}, {}
         self.start()
 
     def start(self):
@@ -167,32 +176,109 @@ class Clock:
     def stop(self):
         self.seconds += time.time() - self.began
 
-    def add(self, losses: dict[str, Tensor]):
-        """Adds the losses of one backward pass."""
-        self.sums = {name: self.sums.get(name, 0.0) + value.detach()
-                     for name, value in losses.items()}
-        self.added += 1
+    def add(self, step: int, **values: Tensor):
+        """Adds losses of one backward pass, or the gradient's norm of a step."""
+        for name, value in values.items():
+            value = value.detach()
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+            now = torch.where(value.isfinite(), 2 ** 40, step)
+            self.wrong[name] = torch.minimum(self.wrong.get(name, now), now)
 
-    def read(self) -> tuple[dict[str, float], float]:
-        """Mean losses over passes and processes, and images a second; then starts anew."""
-        means = torch.stack(list(self.sums.values())) / self.added
+    def check(self):
+        """Raises ValueError, in all processes, where a value added to one of them was not finite.
+        """
+        if not self.wrong:
+            return
+        wrong = torch.stack(list(self.wrong.values()))                       # (values,)
+        found = [wrong]
+        if dist.is_initialized():
+            found = [torch.empty_like(wrong) for _ in range(dist.get_world_size())]
+            dist.all_gather(found, wrong)
+        found = torch.stack(found)                                           # (processes, values)
+        if found.min() < 2 ** 40:
+            rank, part = divmod(found.argmin().item(), len(wrong))
+            raise ValueError(f"{list(self.wrong)[part]} is not finite at step {found.min()} in "
+                             f"process {rank}; stopped. The last checkpoint in {self.config.out} "
+                             "is from before")
+
+    def read(self) -> dict[str, float]:
+        """Means over passes and processes, images a second and peak memory; then starts anew."""
+        self.check()
+        means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
         if dist.is_initialized():
             dist.all_reduce(means)
             means /= dist.get_world_size()
         means = dict(zip(self.sums, means.tolist()))
         self.stop()
-        rate = self.added / self.config.accumulate * self.config.batch / self.seconds
-        self.sums, self.added, self.seconds = {}, 0, 0.0
+        rate = self.counts["gradient"] * self.config.batch / self.seconds
+        self.sums, self.counts, self.wrong, self.seconds = {}, {}, {}, 0.0
         self.start()
-        return means, rate
+        return {**means, "images_per_s": rate, "memory_gb": peak_memory()}
+
+
+class Stop:
+    """Notes SIGTERM and Ctrl-C, so that the loop can save after a whole step, the same one in all
+    processes; a second one ends at once."""
+
+    def __init__(self):
+        self.signal = 0
+        # On GPUs, a group of its own: what NCCL sums, the processor would wait for.
+        nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+        self.group = dist.new_group(backend="gloo") if nccl else None
+        self.before = {number: signal.signal(number, self.note)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number: int, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def asked(self) -> bool:
+        """Whether any process was sent a signal; all processes call this after each step."""
+        if dist.is_initialized():
+            latest = torch.tensor(self.signal)
+            dist.all_reduce(latest, dist.ReduceOp.MAX, self.group)
+            self.signal = int(latest)
+        return self.signal > 0
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def leave(self, step: int, master: bool):
+        """Ends the program, whose checkpoint is of `step`, in the way that a signal does."""
+        self.release()
+        if master:
+            print(f"{signal.Signals(self.signal).name}: saved after step {step}; the same command "
+                  "goes on from there", flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(128 + self.signal)
+
+
+def start_from(model: nn.Module, weights: dict, path: str, free: tuple = ()):
+    """Gives the model the weights of another run; parts named in `free` may be absent or differ.
+    Raises ValueError where the others do."""
+    own = model.state_dict()
+    for name in {**own, **weights}:
+        if name in own and name in weights and own[name].shape == weights[name].shape:
+            own[name] = weights[name]
+        elif not name.startswith(free):
+            raise ValueError(f"{path} has another architecture: {name} differs; give the flags of "
+                             "the run that wrote it")
+    model.load_state_dict(own)
 
 
 def write_log(config, master: bool, **numbers):
     """In the first process, prints one line and appends the same numbers to log.jsonl."""
     if not master:
         return
-    print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                    for name, value in numbers.items()), flush=True)
+    def brief(value) -> str:
+        if isinstance(value, list):
+            return " ".join(brief(part) for part in value)
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    print("  ".join(f"{name} {brief(value)}" for name, value in numbers.items()), flush=True)
     with open(os.path.join(config.out, "log.jsonl"), "a") as file:
         file.write(json.dumps(numbers) + "\n")
 
@@ -275,23 +361,21 @@ class Shapes:
 
 
 class Folder:
-    """Images in one sub-folder a class, the classes in sorted order. Raises ValueError if none."""
+    """Images in one sub-folder a class, at any depth; the classes and the images of each in sorted
+    order. Raises ValueError if there are none."""
 
     def __init__(self, root: str, size: int):
         self.size = size
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        self.items = [(os.path.join(root, name, file), label)
-                      for label, name in enumerate(self.classes)
-                      for file in sorted(os.listdir(os.path.join(root, name)))
-                      if file.lower().endswith(IMAGE_ENDINGS)]
+        self.items = [(path, label) for label, name in enumerate(self.classes)
+                      for path in sorted(os.path.join(folder, file) for folder, _, files
+                                         in os.walk(os.path.join(root, name)) for file in files)
+                      if path.lower().endswith(IMAGE_ENDINGS)]
         if not self.items:
             raise ValueError(f"no images in {root}: it must hold one sub-folder of images a class")
 
     def __len__(self) -> int:
         return len(self.items)
-
-    def label(self, i: int) -> int:
-        return self.items[i][1]
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         path, label = self.items[i]
@@ -300,21 +384,59 @@ class Folder:
 
 def open_data(data: str, size: int) -> tuple:
     """Training and held-out images of `--data`: "shapes", a folder of classes (of which every 100th
-    image is then held out), or a folder that holds `train` and `val` folders of classes."""
+    image is then held out), or a folder that holds `train` and `val` (or `test`) folders of classes.
+    """
     if data == "shapes":
         return Shapes(0, 20_000, size), Shapes(1_000_000, 1_000, size)
     if not os.path.isdir(data):
         raise FileNotFoundError(f"no folder {data}; give --data DIR with one sub-folder of images "
                                 "a class, or --preset toy for the built-in pictures")
-    if os.path.isdir(os.path.join(data, "train")) and os.path.isdir(os.path.join(data, "val")):
-        train, held_out = (Folder(os.path.join(data, part), size) for part in ("train", "val"))
-        if train.classes != held_out.classes:
-            raise ValueError(f"{data}/train and {data}/val hold different classes")
-        return train, held_out
+    for name in ("val", "test"):
+        parts = [os.path.join(data, part) for part in ("train", name)]
+        if all(map(os.path.isdir, parts)):
+            train, held_out = (Folder(part, size) for part in parts)
+            if train.classes != held_out.classes:
+                raise ValueError(f"{parts[0]} and {parts[1]} hold different classes")
+            return train, held_out
     train, held_out = Folder(data, size), Folder(data, size)
     held_out.items = train.items[::100]
     train.items = [item for i, item in enumerate(train.items) if i % 100] or held_out.items
     return train, held_out
+
+
+def read_or_next(source, i: int) -> tuple[Image.Image, int, str]:
+    """Image i and its label, or the next one that can be read; and what was wrong with those that
+    cannot, a line each. Raises ValueError after 100 of them in a row."""
+    unreadable = []
+    for j in range(i, i + 100):
+        try:
+            return *source[j % len(source)], "\n".join(unreadable)
+        except ValueError as error:
+            unreadable.append(str(error))
+    raise ValueError(f"100 images in a row cannot be read, the last: {unreadable[-1]}")
+
+
+class Unreadable:
+    """Counts images that cannot be read, over `total` at least, and names each once, in the output
+    and in a file. Raises ValueError when they are more than 1 %."""
+
+    def __init__(self, out: str, total: float):
+        self.path, self.total = os.path.join(out, "unreadable.txt"), total
+        self.known, self.seen, self.skipped = set(), 0, 0
+
+    def note(self, lines: list[str]):
+        """Takes what `read_or_next` said of a batch."""
+        self.seen += len(lines)
+        for line in [line for text in lines for line in text.splitlines()]:
+            self.skipped += 1
+            if line not in self.known:
+                self.known.add(line)
+                print(f"skipped {len(self.known)}: {line}", flush=True)
+                with open(self.path, "a") as file:
+                    file.write(line + "\n")
+        if self.skipped > 0.01 * max(self.seen, self.total):
+            raise ValueError(f"more than 1 % of the images cannot be read, {len(self.known)} so "
+                             f"far; they are listed in {self.path}")
 
 
 def some_of(count: int, total: int) -> list[int]:
@@ -354,12 +476,12 @@ class Stream(torch.utils.data.Dataset):
         self.source, self.config, self.size = source, config, size
         self.shuffle = Shuffle(len(source), config.seed)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
-        """Image (3, H, W), label, position."""
-        image, label = self.source[self.shuffle[position]]
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int, str]:
+        """Image (3, H, W), label, position, and the images that could not be read on the way."""
+        image, label, unreadable = read_or_next(self.source, self.shuffle[position])
         rng = np.random.default_rng((self.config.seed, 2, position))
         crop = random_crop(image, self.size, self.config.resize_max, self.config.flip, rng)
-        return to_tensor(crop), label, position
+        return to_tensor(crop), label, position, unreadable
 
 
 def positions(config, first_step: int, rank: int, world: int) -> Iterator[int]:
@@ -370,12 +492,20 @@ def positions(config, first_step: int, rank: int, world: int) -> Iterator[int]:
         yield from range(first, first + share)
 
 
+def ignore_interrupts(worker: int):
+    """Ctrl-C reaches all processes, but it is for the training loop to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def batches(stream: Stream, config, first_step: int, rank: int, world: int, device) -> Iterator:
     """Batches (images, labels, positions) of this process; `accumulate` of them are one step."""
     loader = torch.utils.data.DataLoader(
         stream, local_batch(config, world), sampler=positions(config, first_step, rank, world),
-        num_workers=config.workers, pin_memory=device.type == "cuda", drop_last=True)
-    for images, labels, places in loader:
+        num_workers=config.workers, pin_memory=device.type == "cuda", drop_last=True,
+        worker_init_fn=ignore_interrupts)
+    unreadable = Unreadable(config.out, len(stream.source) / world)
+    for images, labels, places, lines in loader:
+        unreadable.note(lines)
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), places
 
 
@@ -464,14 +594,26 @@ class CodebookUse:
 
 
 @torch.no_grad()
-def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[float, Image.Image]:
-    """PSNR in dB of reconstructions of images (B, 3, H, W), and a picture of the first 8: the
-    original, then the previews after each group of tokens."""
+def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[dict, Image.Image]:
+    """Of held-out images (B, 3, H, W): PSNR in dB of their reconstructions; the flow loss at times
+    of each group; how many codebook rows stand at a position, on average over each group's
+    positions. And a picture of the first 8: the original, then the previews after each group."""
+    config = model.config
     noise = torch.randn(images.shape, generator=seeded(seed, 3)).to(images.device)
-    tokens, size = model.encode(images), model.config.num_tokens // model.config.num_groups
-    previews = [images] + list(model.stream(tokens.split(size, 1), noise))
+    tokens, size = model.encode(images), config.num_tokens // config.num_groups
+    previews = [[] for _ in range(config.num_groups)]
+    flow = torch.zeros(config.num_groups, device=images.device)
+    for part, eps, chosen in zip(images.split(64), noise.split(64), tokens.split(64)):
+        for k, preview in enumerate(model.stream(chosen.split(size, 1), eps)):
+            previews[k].append(preview)
+            u = torch.full((len(part),), k / config.num_groups, device=part.device)
+            flow[k] += model(part, u, eps).flow_loss * len(part) / len(images)
+    previews = [images] + [torch.cat(preview) for preview in previews]
     picture = torch.stack([preview[:8] for preview in previews], 1).flatten(0, 1)
-    return psnr(previews[-1], images), image_grid(picture, len(previews))
+    rows = torch.tensor([len(column.unique()) for column in tokens.T]).float()          # (N,)
+    return ({"psnr": psnr(previews[-1], images), "flow_by_group": flow.tolist(),
+             "rows_by_group": rows.view(config.num_groups, -1).mean(1).tolist()},
+            image_grid(picture, len(previews)))
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -485,17 +627,23 @@ def main(argv: list[str] | None = None):
 
     # Processes
     rank, world, device = join_processes()
-    master, on_gpu, micro = rank == 0, device.type == "cuda", local_batch(config, world)
+    master, on_gpu = rank == 0, device.type == "cuda"
+    local_batch(config, world)  # raises an error for numbers that do not fit
 
     # Data
     train, held_out = open_data(config.data, architecture.image_size)
+    os.makedirs(config.out, exist_ok=True)
     stream = Stream(train, config, architecture.image_size)
-    shown = torch.stack([to_tensor(center_crop(held_out[i][0], architecture.image_size))
-                         for i in some_of(config.eval_images, len(held_out))]).to(device)
+    shown = [center_crop(read_or_next(held_out, i)[0], architecture.image_size)
+             for i in some_of(config.eval_images, len(held_out))]
+    shown = torch.stack([to_tensor(image) for image in shown]).to(device)    # (n, 3, H, W)
 
     # Model, its running average, and the losses outside it
     torch.manual_seed(config.seed)
     model = Tokenizer(architecture).to(device)
+    if config.init_from:
+        start_from(model, load_tokenizer(config.init_from, device).state_dict(), config.init_from,
+                   ("repa_head.",))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     lpips = in_turn(PerceptualLoss).to(device) if config.lpips else None
     repa = in_turn(RepaLoss).to(device) if config.repa else None
@@ -509,8 +657,8 @@ def main(argv: list[str] | None = None):
 
     # Resume
     path, first_step = os.path.join(config.out, "last.pt"), 0
-    if os.path.exists(path):
-        saved = load_checkpoint(path, "tokenizer", device)
+    saved = load_last(path, "tokenizer", device)
+    if saved is not None:
         if build_config(TokenizerConfig, saved["config"], path) != architecture:
             raise ValueError(f"{path} has another architecture; give --out with another folder")
         model.load_state_dict(saved["model"])
@@ -518,7 +666,6 @@ def main(argv: list[str] | None = None):
         optimizer.load_state_dict(saved["optimizer"])
         use.idle, use.age, first_step = saved["idle"], saved["age"], saved["step"]
     if master:
-        os.makedirs(config.out, exist_ok=True)
         print(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{len(train):,} training images in {len(train.classes)} classes, step {first_step} "
               f"of {config.steps}, {world} x {device}", flush=True)
@@ -534,7 +681,7 @@ def main(argv: list[str] | None = None):
 
     # Loop
     data = batches(stream, config, first_step, rank, world, device)
-    clock = Clock(config)
+    clock, stop = Clock(config), Stop()
     for step in range(first_step, config.steps):
         last = step == config.steps - 1
         for group in optimizer.param_groups:
@@ -562,8 +709,8 @@ def main(argv: list[str] | None = None):
                 loss = sum(weights[name] * value for name, value in losses.items())          # Eq. 7
             (loss / config.accumulate).backward()
             tokens.append(output.tokens)
-            clock.add(losses)
-        gradient = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            clock.add(step, **losses)
+        clock.add(step, gradient=nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, config.ema)
@@ -573,20 +720,26 @@ def main(argv: list[str] | None = None):
                        model.quantizer.codebook, ema.quantizer.codebook)
 
         if (step + 1) % config.log_every == 0 or last:
-            means, rate = clock.read()
-            write_log(config, master, step=step + 1, **means, gradient=gradient.item(),
-                      lr=learning_rate(step, config), images_per_s=rate,
-                      codebook=use.share(config.use_window), **utilisation(rate * flops / world))
+            means = clock.read()
+            write_log(config, master, step=step + 1, **means, lr=learning_rate(step, config),
+                      codebook=use.share(config.use_window),
+                      **utilisation(means["images_per_s"] * flops / world))
         clock.stop()
         if master and ((step + 1) % config.eval_every == 0 or last):
-            decibel, picture = evaluate(ema, shown, config.seed)
+            numbers, picture = evaluate(ema, shown, config.seed)
             picture.save(os.path.join(config.out, f"reconstructions_{step + 1:06d}.png"))
-            write_log(config, master, step=step + 1, psnr=decibel)
-        if master and ((step + 1) % config.save_every == 0 or last):
-            save_checkpoint(path, {**pack_tokenizer(model), "ema": ema.state_dict(),
-                                   "optimizer": optimizer.state_dict(), "step": step + 1,
-                                   "idle": use.idle, "age": use.age})
+            write_log(config, master, step=step + 1, **numbers)
+        stopped = stop.asked()
+        if (step + 1) % config.save_every == 0 or last or stopped:
+            clock.check()
+            if master:
+                save_checkpoint(path, {**pack_tokenizer(model), "ema": ema.state_dict(),
+                                       "optimizer": optimizer.state_dict(), "step": step + 1,
+                                       "idle": use.idle, "age": use.age})
+        if stopped and not last:
+            stop.leave(step + 1, master)
         clock.start()
+    stop.release()
     if master:
         print(f"tokenizer: {path}")
     if dist.is_initialized():
