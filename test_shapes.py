@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -438,7 +439,8 @@ def make_folder(root, per_class=3):
             mode, ending = [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"),
                             ("RGBA", "png")][i % 5]
             noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
-            Image.fromarray(noise).convert(mode).save(os.path.join(root, name, f"{i}.{ending}"))
+            path = os.path.join(root, name, f"{i:03d}.{ending}")
+            Image.fromarray(noise).convert(mode).save(path)
 
 
 def test_folders_are_read_in_sorted_order_and_any_mode():
@@ -454,6 +456,95 @@ def test_folders_are_read_in_sorted_order_and_any_mode():
         with open(data.items[0][0], "w") as file:
             file.write("no image")
         raises(ValueError, f"{data.items[0][0]} cannot be read", data.__getitem__, 0)
+
+
+def make_bad_images(root: str) -> dict[str, bool]:
+    """Files of thirty kinds that data sets hold, and whether an image can be read from each."""
+    good, kinds = mt.image_grid(pictures(1), 1), {}
+    deep = np.random.default_rng(0).integers(0, 2 ** 16, (64, 64), dtype=np.uint16)
+
+    def whole(ending: str, **options) -> bytes:
+        file = io.BytesIO()
+        good.save(file, ending, **options)
+        return file.getvalue()
+
+    def add(name: str, readable: bool, data: bytes | Image.Image, **options):
+        path = os.path.join(root, f"{len(kinds):02d}_{name}")
+        if isinstance(data, bytes):
+            with open(path, "wb") as file:
+                file.write(data)
+        else:
+            data.save(path, **options)
+        kinds[path] = readable
+
+    jpeg, png = whole("JPEG"), whole("PNG")
+    for ending in ("jpg", "png", "webp", "bmp"):
+        add(f"empty.{ending}", False, b"")
+        add(f"text.{ending}", False, b"<html>404 Not Found</html>")
+        add(f"noise.{ending}", False, np.random.default_rng(1).bytes(5000))
+    add("half.jpg", False, jpeg[:len(jpeg) // 2])
+    add("half.png", False, png[:len(png) // 2])
+    add("half.bmp", False, whole("BMP")[:2000])
+    add("half.webp", False, whole("WEBP")[:500])
+    add("header.jpg", False, jpeg[:20])
+    add("header.png", False, png[:30])
+    add("damaged.png", False, png[:12] + b"xxxx" + png[16:])
+    add("bomb.png", False, png[:16] + (60_000).to_bytes(4, "big") * 2 + png[24:])
+    add("long.png", False, Image.new("RGB", (2, 3000)))
+    add("jpeg.png", True, jpeg)
+    add("png.jpg", True, png)
+    add("gif.png", True, whole("GIF"))
+    add("animated.png", True, good, save_all=True, append_images=[good.rotate(90)])
+    add("deep.png", True, Image.fromarray(deep))
+    add("one_bit.png", True, good.convert("1"))
+    add("grey_alpha.png", True, good.convert("LA"))
+    add("palette_alpha.png", True, good.convert("P"), transparency=0)
+    add("pixel.png", True, Image.new("RGB", (1, 1)))
+    return kinds
+
+
+def test_thirty_kinds_of_odd_files_are_read_or_refused_by_name():
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, on what it makes of them
+        kinds = make_bad_images(root)
+        assert len(kinds) == 30
+        for path, readable in kinds.items():
+            if readable:
+                image = mt.read_image(path, 32)
+                assert image.mode == "RGB" and mt.center_crop(image, 32).size == (32, 32), path
+            else:
+                raises(ValueError, f"{path} cannot be read", mt.read_image, path, 32)
+        deep = np.array(mt.read_image([path for path in kinds if "deep" in path][0], 32))
+        assert 100 < deep.mean() < 155  # not white: 16 bits are scaled, not cut
+
+
+def test_unreadable_images_are_skipped_and_listed_and_too_many_are_an_error():
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data, out = os.path.join(root, "data"), os.path.join(root, "out")
+        for name in ("train", "val"):
+            make_folder(os.path.join(data, name), 100)
+        bad = os.path.join(data, "train", "a_dog", "050.jpg")
+        with open(bad, "w") as file:
+            file.write("no image")
+        options = TINY + ["--data", data, "--steps", "25", "--batch", "8", "--eval-every", "25"]
+        said = quietly(train_tokenizer.main, options + ["--out", out])
+        assert said.count(f"skipped 1: {bad} cannot be read") == 1 and "step 25" in said
+        with open(os.path.join(out, "unreadable.txt")) as file:
+            assert bad in file.read()
+        source = train_tokenizer.Folder(os.path.join(data, "train"), 24)
+        number = [path for path, _ in source.items].index(bad)
+        image, label, lines = train_tokenizer.read_or_next(source, number)
+        assert np.array_equal(image, source[number + 1][0]) and bad in lines
+
+        codes = TINY_AR + ["--data", data, "--tokenizer", os.path.join(out, "last.pt"), "--codes",
+                           os.path.join(root, "codes"), "--out", os.path.join(root, "ar")]
+        assert "skipped 1" in quietly(train_ar.main, codes)
+        make_bad_images(os.path.join(data, "train", "b_cat"))
+        for module, command in ((train_tokenizer, options + ["--out", os.path.join(root, "new")]),
+                                (train_ar, codes[:-1] + [os.path.join(root, "new")])):
+            raises(ValueError, "more than 1 % of the images cannot be read", quietly, module.main,
+                   command)
 
 
 def test_crops_have_the_right_size_and_views_are_mirrored():
@@ -549,6 +640,205 @@ def patched(module, name: str, value):
         yield
     finally:
         setattr(module, name, original)
+
+
+def test_a_signal_saves_and_leaves_and_the_run_goes_on_exactly():
+    real, calls, before = train_tokenizer.update_ema, [], signal.getsignal(signal.SIGTERM)
+
+    def interrupting(*args):
+        real(*args)
+        calls.append(None)
+        if len(calls) in (1, 2):
+            os.kill(os.getpid(), (signal.SIGTERM, signal.SIGINT)[len(calls) - 1])
+    with tempfile.TemporaryDirectory() as root:
+        whole, halves = os.path.join(root, "whole"), os.path.join(root, "halves")
+        quietly(train_tokenizer.main, TINY + ["--out", whole])
+        with patched(train_tokenizer, "update_ema", interrupting):
+            for step, name in ((1, "SIGTERM"), (2, "SIGINT")):
+                said = io.StringIO()
+                try:
+                    with contextlib.redirect_stdout(said):
+                        train_tokenizer.main(TINY + ["--out", halves])
+                    raise AssertionError("did not leave")
+                except SystemExit as leaving:
+                    assert leaving.code == 128 + getattr(signal, name)
+                assert f"{name}: saved after step {step}; the same command" in said.getvalue()
+            quietly(train_tokenizer.main, TINY + ["--out", halves])
+        assert torch.equal(weights_of(whole), weights_of(halves))
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_killed_run_goes_on_exactly():
+    with tempfile.TemporaryDirectory() as root:
+        whole, halves = os.path.join(root, "whole"), os.path.join(root, "halves")
+        options = TINY + ["--steps", "30", "--save-every", "1", "--eval-every", "30"]
+        quietly(train_tokenizer.main, options + ["--out", whole])
+        command = [sys.executable, os.path.join(HERE, "train_tokenizer.py")] + options
+        running = subprocess.Popen(command + ["--out", halves], stdout=subprocess.DEVNULL)
+        while not os.path.exists(os.path.join(halves, "last.pt.previous")):
+            assert running.poll() is None, "ended early"
+            time.sleep(0.02)
+        running.kill()
+        running.wait()
+        said = quietly(train_tokenizer.main, options + ["--out", halves])
+        assert "step 0 of" not in said and "step 30 of" not in said
+        for part in ("model", "ema"):
+            assert torch.equal(weights_of(whole, part), weights_of(halves, part))
+
+
+def test_a_truncated_or_missing_checkpoint_leaves_the_one_before():
+    with tempfile.TemporaryDirectory() as root:
+        out, path = ["--out", os.path.join(root, "run")], os.path.join(root, "run", "last.pt")
+        whole = os.path.join(root, "whole")
+        quietly(train_tokenizer.main, TINY + ["--out", whole])
+        quietly(train_tokenizer.main, TINY + out)
+        with open(path, "r+b") as file:
+            file.truncate(os.path.getsize(path) // 2)
+        said = quietly(train_tokenizer.main, TINY + out)
+        assert f"going on from {path}.previous" in said and "step 2 of 4" in said
+        assert torch.equal(weights_of(whole), weights_of(os.path.join(root, "run")))
+        os.remove(path)  # as if killed between the two renamings
+        os.remove(path + ".previous")
+        quietly(train_tokenizer.main, TINY + out)
+        os.remove(path)
+        assert "step 2 of 4" in quietly(train_tokenizer.main, TINY + out)
+
+        def full(checkpoint, file):
+            file.write(b"some bytes")
+            raise OSError(28, "No space left on device")
+        before = weights_of(os.path.join(root, "run"))
+        with patched(torch, "save", full):
+            raises(ValueError, "No space left on device); what was saved before is whole", quietly,
+                   train_tokenizer.main, TINY + out + ["--steps", "6"])
+        assert torch.equal(weights_of(os.path.join(root, "run")), before)
+        assert not [name for name in os.listdir(os.path.join(root, "run")) if "tmp" in name]
+
+
+def test_a_number_that_is_not_finite_stops_the_run_by_name():
+    real, calls = Tokenizer.forward, []
+
+    def broken(self, *args):
+        output = real(self, *args)
+        calls.append(None)
+        return output._replace(vq_loss=output.vq_loss * math.nan) if len(calls) == 4 else output
+    with tempfile.TemporaryDirectory() as root, patched(Tokenizer, "forward", broken):
+        raises(ValueError, "vq is not finite at step 3 in process 0; stopped", quietly,
+               train_tokenizer.main, TINY + ["--out", root, "--log-every", "100"])
+        saved = torch.load(os.path.join(root, "last.pt"), weights_only=True)
+        assert saved["step"] == 2 and weights_of(root).isfinite().all()
+
+
+def test_a_process_that_dies_ends_the_others():
+    code = ("import os, sys, train_tokenizer as t\n"
+            "real, calls = t.update_ema, []\n"
+            "def dying(*args):\n"
+            "    real(*args)\n"
+            "    calls.append(1)\n"
+            "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
+            "        os._exit(7)\n"
+            "t.update_ema = dying\n"
+            "t.main(sys.argv[1:])\n")
+    with tempfile.TemporaryDirectory() as root:
+        script = os.path.join(root, "script.py")
+        with open(script, "w") as file:
+            file.write(code)
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc_per_node=2", script, *TINY, "--steps", "1000", "--out",
+                               os.path.join(root, "out")], capture_output=True, text=True,
+                              timeout=120, env={**os.environ, "PYTHONPATH": HERE})
+        assert done.returncode != 0
+        assert "exitcode  : 7" in done.stderr and "rank      : 1" in done.stderr, done.stderr
+
+
+def test_new_runs_start_from_the_weights_of_others():
+    with tempfile.TemporaryDirectory() as root:
+        first, second = os.path.join(root, "first"), os.path.join(root, "second")
+        quietly(train_tokenizer.main, TINY + ["--out", first])
+        last = os.path.join(first, "last.pt")
+        options = TINY + ["--out", second, "--lr", "0", "--lr-final", "0", "--init-from", last]
+        quietly(train_tokenizer.main, options + ["--repa-depth", "0"])
+        assert torch.equal(weights_of(second), weights_of(first, "ema"))
+        raises(ValueError, "has another architecture", quietly, train_tokenizer.main,
+               options + ["--out", os.path.join(root, "third"), "--codebook-size", "64"])
+
+        data = os.path.join(root, "data")
+        make_folder(data, 3)  # two classes where there were ten
+        options = TINY_AR + ["--tokenizer", last, "--codes", os.path.join(root, "codes"),
+                             "--views", "0"]
+        few = (lambda data, size: (train_tokenizer.Shapes(0, 30, size),
+                                   train_tokenizer.Shapes(100, 4, size)))
+        with patched(train_ar, "open_data", few):
+            quietly(train_ar.main, options + ["--out", os.path.join(root, "ar")])
+        quietly(train_ar.main, options + [
+            "--data", data, "--out", os.path.join(root, "tuned"), "--lr", "0", "--lr-final", "0",
+            "--init-from", os.path.join(root, "ar", "last.pt")])
+        tuned = load_ar(os.path.join(root, "tuned", "last.pt"))
+        start = load_ar(os.path.join(root, "ar", "last.pt"))
+        assert torch.equal(tuned.head.weight, start.head.weight)
+        assert len(tuned.class_embedding.weight) == 3 and len(start.class_embedding.weight) == 11
+        assert not os.path.exists(os.path.join(root, "codes"))  # with 0 views, none are stored
+
+
+def test_codes_go_on_where_they_were_killed():
+    real, calls = train_ar.Tokenizer.encode, []
+
+    def failing(self, images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, images)
+
+    def counting(self, images):
+        encoded.append(len(images))
+        return real(self, images)
+    tokenizer, source = small_tokenizer(), train_tokenizer.Shapes(0, 40, 32)
+    views, encoded = train_ar.Views(source, 32, 10), []
+    with tempfile.TemporaryDirectory() as root:
+        config = train_ar.TrainConfig(codes=root, views=10, workers=0, batch=4)
+        unreadable = train_tokenizer.Unreadable(root, 40)
+        with patched(train_ar.Tokenizer, "encode", failing), contextlib.suppress(KeyboardInterrupt):
+            quietly(train_ar.read_codes, config, tokenizer, views, unreadable)
+        with patched(train_ar.Tokenizer, "encode", counting):
+            for _ in range(2):  # the second time, there is nothing left to do
+                quietly(train_ar.read_codes, config, tokenizer, views, unreadable)
+        assert sum(calls[:2]) == 10 * 24 and sum(encoded) == 10 * 16, (calls, encoded)
+        name, = [name for name in os.listdir(root) if name.endswith("npy")]
+        codes = np.load(os.path.join(root, name))
+        for i in (0, 5, 39):
+            expected = tokenizer.encode(views[i][0]).flatten().tolist()
+            assert codes[i].tolist() == [i % 10] + expected
+        batch = next(train_ar.stored_tokens(codes, config, 40, 3, 0, 1))
+        numbers = [train_tokenizer.Shuffle(40, 0)[place] for place in range(12, 16)]
+        assert batch[0].tolist() == [i % 10 for i in numbers]
+        for tokens, i in zip(batch[1].tolist(), numbers):
+            assert tokens in codes[i, 1:].reshape(10, 16).tolist()
+
+
+def test_held_out_numbers_are_logged():
+    with tempfile.TemporaryDirectory() as root:
+        quietly(train_tokenizer.main, TINY + ["--out", root])
+        with open(os.path.join(root, "log.jsonl")) as file:
+            lines = [json.loads(line) for line in file]
+    assert {"flow", "vq", "codebook", "memory_gb", "images_per_s"} <= set(lines[0])
+    model, images = small_tokenizer(), pictures(3)
+    numbers, picture = train_tokenizer.evaluate(model, images, 0)
+    assert {*numbers} == {*lines[-1]} - {"step"} and len(numbers["flow_by_group"]) == 4
+    noise = torch.randn(images.shape, generator=mt.seeded(0, 3))
+    with torch.no_grad():
+        expected = model(images, torch.full((3,), 0.5), noise).flow_loss
+    close(torch.tensor(numbers["flow_by_group"][2]), expected, 1e-5)
+    tokens = model.encode(images)
+    rows = [len(set(tokens[:, i].tolist())) for i in range(4)]
+    assert abs(numbers["rows_by_group"][0] - sum(rows) / 4) < 1e-6
+
+
+def test_presets_of_both_trainers_fit_together():
+    for name in ("paper", "toy", "cifar"):
+        _, tokenizer = train_tokenizer.PRESETS[name]
+        ar = SIZES[train_ar.PRESETS[name][0].size]
+        assert (ar.num_tokens, ar.vocab_size) == (tokenizer.num_tokens, tokenizer.codebook_size)
+        with torch.device("meta"):
+            Tokenizer(tokenizer), AR(ar)
 
 
 def interrupted_run_ends_as_the_whole(module, options: list[str], root: str):

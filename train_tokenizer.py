@@ -384,7 +384,7 @@ class Folder:
 
 def open_data(data: str, size: int) -> tuple:
     """Training and held-out images of `--data`: "shapes", a folder of classes (of which every 100th
-    image is then held out), or a folder that holds `train` and `val` (or `test`) folders of classes.
+    image is then held out), or a folder that holds `train` and `val` or `test` folders of classes.
     """
     if data == "shapes":
         return Shapes(0, 20_000, size), Shapes(1_000_000, 1_000, size)
