@@ -5,6 +5,7 @@
 Small models in random weights, none of them zero, so that every path matters.
 """
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -17,17 +18,20 @@ import sys
 import tempfile
 import time
 import traceback
+import tracemalloc
 import unittest
 import urllib.error
 import warnings
 from dataclasses import asdict, replace
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.attention.bias import causal_lower_right
 
+import fid
 import model_ar
 import model_tokenizer as mt
 import sample
@@ -1464,6 +1468,340 @@ def test_importing_does_nothing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           cwd=HERE)
     assert done.returncode == 0 and done.stdout == "", done.stderr
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+class TinyInception(torch.nn.Module):
+    """Stands for InceptionV3: 8, 6 and 5 numbers an image in place of 2048, 2023 and 1008."""
+
+    def forward(self, images):
+        x = images[:, :4, :4].flatten(1).float() / 128 - 1                   # (B, 48)
+        pool = torch.tanh(x @ torch.linspace(-1, 1, 48 * 8).view(8, 48).T.cos() / 4)
+        return fid.Features(pool, pool[:, :6].square(), self.classify(pool))
+
+    def classify(self, pool):
+        return (9 * pool[:, :5]).softmax(1)
+
+
+def tiny_fid(*argv):
+    """Runs fid.main with the tiny network; returns what it printed."""
+    with patched(fid, "POOL", 8), patched(fid, "SPATIAL", 6), \
+            patched(fid, "load_inception", lambda path: TinyInception()):
+        return quietly(fid.main, list(argv))
+
+
+def random_inception():
+    """The network in random weights that keep the size of activations from layer to layer."""
+    torch.manual_seed(0)
+    network = fid.InceptionV3()
+    for name, tensor in network.state_dict().items():
+        if name.endswith("conv.weight"):
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
+        elif name.endswith(("bn.weight", "running_var")):
+            tensor.uniform_(0.8, 1.2)
+        elif name.endswith(("bias", "running_mean")):
+            tensor.normal_(0, 0.1)
+    return network
+
+
+def noise_images(count, seed=0, size=(12, 10)):
+    """uint8 (count, *size, 3) of various colours and contrasts."""
+    rng = np.random.default_rng(seed)
+    return (rng.random((count, *size, 3)) * rng.uniform(40, 255, (count, 1, 1, 3))).astype(np.uint8)
+
+
+def save_images(folder, images, ending=".png"):
+    os.makedirs(folder)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(os.path.join(folder, f"{i:05d}{ending}"))
+
+
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
+
+
+def gaussian(n, d, seed):
+    return np.random.default_rng(seed).standard_normal((n, d)) * np.linspace(.1, 2, d) + 1
+
+
+def moments(rows):
+    return rows.mean(0), np.cov(rows, rowvar=False)
+
+
+def test_resize_reads_where_tensorflow_1_does():
+    row = torch.tensor([0., 10, 20, 60]).expand(1, 2, 3, 4)
+    expected = torch.tensor([0, 20 / 3, 40 / 3, 20, 140 / 3, 60])  # at 0, 2/3, 4/3, 2, 8/3, 10/3
+    close(fid.resize(row, 6), expected.expand(1, 2, 6, 6), 1e-5)
+    square = torch.tensor([[0., 8], [16, 40]])[None, None]
+    expected = torch.tensor([[0., 4, 8, 8], [8, 16, 24, 24], [16, 28, 40, 40], [16, 28, 40, 40]])
+    close(fid.resize(square, 4)[0, 0], expected, 0)
+    images = torch.rand(1, 3, 299, 299)
+    assert torch.equal(fid.resize(images), images)
+    assert torch.equal(fid.resize(images, 13), images[:, :, ::23, ::23])
+
+
+def test_inception_returns_its_three_outputs_and_refuses_other_images():
+    network, seen = random_inception(), []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[-1]))
+    images = torch.from_numpy(noise_images(2, size=(20, 30)))
+    pool, spatial, probs = network(images)
+    assert (pool.shape, spatial.shape, probs.shape) == ((2, 2048), (2, 2023), (2, 1008))
+    assert torch.equal(spatial.view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
+    assert spatial.min() == 0 and spatial.max() > 0  # after the ReLU
+    close(probs, (pool @ network.fc.weight.T).softmax(1), 1e-6)
+    for wrong in (images.float(), images[0], images[..., :1], images.permute(0, 3, 1, 2)):
+        raises(ValueError, "must be uint8 (B, H, W, 3)", network, wrong)
+
+
+def test_inception_equals_torch_fidelitys_in_random_weights():
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise unittest.SkipTest("needs torch-fidelity") from None
+    with tempfile.TemporaryDirectory() as root:
+        network, path = random_inception(), os.path.join(root, "weights.pth")
+        torch.save(network.state_dict(), path)
+        theirs = FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], path)
+    images = torch.from_numpy(noise_images(2, size=(40, 50)))
+    pool, logits = theirs(images.permute(0, 3, 1, 2))
+    found = network(images)
+    close(found.pool, pool, 1e-4 * pool.abs().max())
+    close(found.probs, logits.softmax(1), 1e-4 * found.probs.max())
+
+
+def test_weights_are_loaded_strictly_and_their_hash_is_checked():
+    with tempfile.TemporaryDirectory() as root:
+        path, weights = os.path.join(root, "random.pth"), random_inception().state_dict()
+        torch.save(weights, path)
+        loaded = fid.load_inception(path).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+        with open(path, "rb") as file:
+            digits = hashlib.sha256(file.read()).hexdigest()[:8]
+        named, misnamed = (os.path.join(root, f"x-{hash}.pth") for hash in (digits, "01234567"))
+        os.rename(path, named)
+        fid.load_inception(named)
+        os.rename(named, misnamed)
+        raises(ValueError, "sha256", fid.load_inception, misnamed)
+        weights["AuxLogits.fc.bias"] = weights.pop("fc.bias")
+        torch.save(weights, path)
+        raises(ValueError, "AuxLogits.fc.bias", fid.load_inception, path)
+        with open(path, "wb") as file:
+            file.write(b"no weights")
+        raises(ValueError, path, fid.load_inception, path)
+
+        def offline(*args):
+            raise urllib.error.URLError("no network")
+
+        with patched(torch.hub, "get_dir", lambda: root), \
+                patched(torch.hub, "download_url_to_file", offline):
+            place = os.path.join(root, "checkpoints", "pt_inception-2015-12-05-6726825d.pth")
+            raises(FileNotFoundError, f"at {place}; fetch {fid.WEIGHTS}", fid.load_inception)
+
+
+def test_statistics_are_numpys_for_any_split_into_batches():
+    rows = torch.from_numpy(gaussian(501, 7, 0)).float()
+    for size in (1, 2, 100, 501):
+        statistics = fid.Statistics(7)
+        for part in rows.split(size):
+            statistics.add(part)
+        for found, expected in zip(statistics.moments(), moments(rows.double().numpy())):
+            assert np.allclose(found, expected, rtol=1e-12, atol=1e-13)
+    raises(ValueError, "2 images or more; got 0", fid.Statistics(7).moments)
+
+
+def test_frechet_distance_of_known_gaussians():
+    eye, zero = np.eye(5), np.zeros(5)
+    assert np.isclose(fid.frechet_distance(zero, eye, zero + 3, eye), 45)
+    assert fid.frechet_distance(zero, 0 * eye, zero + 1, eye) == 10
+    # Covariances that commute: the squared differences of the standard deviations.
+    a, b, q = np.array([1., 2, 3, 0, 2]), np.array([2., 1, 0, 0, 2]), np.linalg.qr(eye + 1)[0]
+    found = fid.frechet_distance(zero, q * a ** 2 @ q.T, zero + 1, q * b ** 2 @ q.T)
+    assert np.isclose(found, 11 + 5, rtol=1e-7)  # the root of a rounded 0 is 1e-8
+
+
+def test_frechet_distance_equals_scipys_sqrtm_also_of_few_samples():
+    x, y = gaussian(300, 40, 2), gaussian(200, 40, 3) * 1.1
+    (mu1, sigma1), (mu2, sigma2) = moments(x), moments(y)
+    root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
+    expected = np.square(mu1 - mu2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
+    assert np.isclose(fid.frechet_distance(mu1, sigma1, mu2, sigma2), expected, rtol=1e-10)
+    few, others = x[:12], y[:15]  # ranks 11 and 14: tr (...)^(1/2) by singular values instead
+    cross = (few - few.mean(0)) @ (others - others.mean(0)).T / np.sqrt(11 * 14)
+    (mu1, sigma1), (mu2, sigma2) = moments(few), moments(others)
+    expected = np.square(mu1 - mu2).sum() + np.trace(sigma1 + sigma2)
+    expected -= 2 * np.linalg.svd(cross, compute_uv=False).sum()
+    assert np.isclose(fid.frechet_distance(mu1, sigma1, mu2, sigma2), expected, rtol=1e-7)
+    for rows in (x, few):
+        assert fid.frechet_distance(*moments(rows), *moments(rows)) < 1e-10
+
+
+def test_inception_score_of_uniform_predictions_is_1_and_of_balanced_classes_their_number():
+    assert np.allclose(fid.inception_score(torch.full((50, 10), 0.1)), (1, 0))
+    assert np.allclose(fid.inception_score(torch.eye(10).repeat(7, 1)), (10, 0))
+    # Splits in file order, the last one shorter: one class only, then three in turn.
+    probs = torch.cat([torch.eye(3)[:1].expand(6, 3), torch.eye(3)])
+    assert np.allclose(fid.inception_score(probs, 6), (2, 1))
+
+
+def brute_force(reference, generated, k):
+    """Precision and recall by their definition."""
+    def covered(points, centres):
+        between = np.linalg.norm(centres[:, None] - centres, axis=-1)
+        np.fill_diagonal(between, np.inf)
+        radii = np.sort(between)[:, k - 1]
+        return (np.linalg.norm(points[:, None] - centres, axis=-1) <= radii).any(1).mean()
+    return covered(generated, reference), covered(reference, generated)
+
+
+def test_precision_and_recall_of_equal_disjoint_and_mode_dropping_sets():
+    x, y = (torch.from_numpy(gaussian(300, 4, seed)).float() for seed in (5, 6))
+    assert fid.precision_recall(x, x) == (1, 1)
+    assert fid.precision_recall(x, x + 100) == (0, 0)
+    same = torch.rand(1, 4).expand(9, 4)  # balls of radius 0
+    assert fid.precision_recall(same, same) == (1, 1)
+    precision, recall = fid.precision_recall(torch.cat([x, x + 100]), y)
+    assert precision > 0.8 and recall <= 0.5
+    assert fid.precision_recall(y, torch.cat([x, x + 100])) == (recall, precision)
+    raises(ValueError, "need 4 images or more", fid.precision_recall, x[:3], x)
+
+
+def test_precision_and_recall_equal_brute_force():
+    lattice = torch.cartesian_prod(*[torch.arange(4.)] * 3)  # with ties: balls hold their edge
+    pairs = [(lattice[::2], lattice[::3], 3)]
+    for k, offset in ((3, 0), (1, 0), (3, 1000)):  # there, float32 would lose the distances
+        pairs.append((torch.from_numpy(gaussian(150, 6, 7) + offset).float(),
+                      torch.from_numpy(gaussian(130, 6, 8) * 1.3 + offset).float(), k))
+    for x, y, k in pairs:
+        with patched(fid, "CHUNK", 1000):
+            found = fid.precision_recall(x, y, k)
+        assert found == brute_force(x.double().numpy(), y.double().numpy(), k)
+
+
+def test_images_of_an_npz_are_never_read_as_a_whole():
+    images = noise_images(600, size=(64, 64))                                # 7.4 MB
+    with tempfile.TemporaryDirectory() as root:
+        path = os.path.join(root, "images.npz")
+        for save in (np.savez, np.savez_compressed):
+            save(path, images)
+            tracemalloc.start()
+            side = fid.Side(path)
+            for first in (*range(0, 600, 10), 30):
+                assert np.array_equal(side.read(first, first + 10), images[first:first + 10])
+            assert side.count == 600 and tracemalloc.get_traced_memory()[1] < 2e6
+            tracemalloc.stop()
+
+
+def test_figures_of_files_are_those_of_the_functions():
+    x, y = noise_images(40, 1), noise_images(30, 2)
+    with tempfile.TemporaryDirectory() as root:
+        reference, samples, stats, both, out = (
+            os.path.join(root, name) for name in ("x", "y.npz", "stats.npz", "both.npz", "f.json"))
+        save_images(reference, x)
+        np.savez(samples, y)
+        printed = tiny_fid(reference, samples, "--json", out, "--batch", "7")
+        assert "images/s" in printed and "has 30 images; figures compare for 50,000" in printed
+        figures = read_json(out)
+        a, b = (TinyInception()(torch.from_numpy(images)) for images in (x, y))
+        expected = [fid.frechet_distance(*moments(a.pool.double().numpy()),
+                                         *moments(b.pool.double().numpy())),
+                    fid.frechet_distance(*moments(a.spatial.double().numpy()),
+                                         *moments(b.spatial.double().numpy())),
+                    *fid.inception_score(b.probs), *fid.precision_recall(a.pool, b.pool)]
+        assert list(figures) == ["fid", "sfid", "inception_score", "inception_score_std",
+                                 "precision", "recall"]
+        assert np.allclose(list(figures.values()), expected, rtol=1e-6)
+
+        # Statistics in place of images; statistics beside other images, as in ADM's files.
+        tiny_fid(reference, "--save-stats", stats)
+        assert "no precision and recall" in tiny_fid(stats, samples, "--json", out)
+        assert np.allclose(list(read_json(out).values()), expected[:4], rtol=1e-6)
+        with np.load(stats) as file:
+            np.savez(both, x[:20], **file)
+        tiny_fid(both, samples, "--json", out)
+        expected[4:] = fid.precision_recall(a.pool[:20], b.pool)
+        assert np.allclose(list(read_json(out).values()), expected, rtol=1e-6)
+        assert "no Inception Score" in tiny_fid(both, stats, "--json", out)
+        assert list(read_json(out)) == ["fid", "sfid"] and read_json(out)["fid"] < 1e-10
+        assert not [name for name in os.listdir(root) if name.endswith(".tmp")]
+
+
+def test_two_processes_give_the_figures_of_one():
+    with tempfile.TemporaryDirectory() as root:
+        reference, samples, script, one, two = (
+            os.path.join(root, name) for name in ("x", "y.npz", "tiny.py", "1.json", "2.json"))
+        save_images(reference, noise_images(21, 3))
+        np.savez_compressed(samples, noise_images(33, 4))
+        tiny_fid(reference, samples, "--json", one)
+        with open(script, "w") as file:
+            file.write(f"import sys\nsys.path.insert(0, {HERE!r})\n"
+                       f"import test_shapes as tests\n"
+                       "tests.tiny_fid(*sys.argv[1:])\n")
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc_per_node=2", script, reference, samples, "--json", two,
+                               "--batch", "4"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        one, two = read_json(one), read_json(two)
+        assert list(one) == list(two) and len(one) == 6
+        assert np.allclose(list(one.values()), list(two.values()), rtol=1e-5)
+
+
+def test_mistakes_of_evaluation_get_one_line_before_the_network_runs():
+    def refuses(text, *argv, kind=ValueError):
+        with contextlib.redirect_stdout(io.StringIO()), patched(fid, "load_inception", None):
+            raises(kind, text, fid.main, list(argv))
+
+    with tempfile.TemporaryDirectory() as root:
+        def at(name):
+            return os.path.join(root, name)
+
+        x, good = noise_images(6), at("good.npz")
+        np.savez(good, x)
+        refuses("no file or folder", at("nowhere"), good, kind=FileNotFoundError)
+        refuses("give REFERENCE and SAMPLES", good)
+        refuses("cannot write", good, good, "--json", at("no/f.json"))
+        for wrong in (x / 255, x[..., :1], x[0], x.transpose(0, 3, 1, 2), x.astype(object)):
+            np.savez(at("wrong.npz"), wrong)
+            refuses("arr_0 must be uint8 (N, H, W, 3)", at("wrong.npz"), good)
+        with open(good, "rb") as file, open(at("cut.npz"), "wb") as cut:
+            cut.write(file.read()[:1000])
+        refuses("cut.npz: File is not a zip file", at("cut.npz"), good)
+        three = dict.fromkeys(fid.STATISTICS, np.zeros(3))
+        for text, arrays in (("1 images", {"arr_0": x[:1]}), ("it holds images", {"images": x}),
+                             ("it holds mu", {"mu": np.zeros(2048)}), ("of another net", three)):
+            np.savez(at("wrong.npz"), **arrays)
+            refuses(text, at("wrong.npz"), good)
+
+        # Folders: the file at fault is named.
+        os.makedirs(at("empty/inner"))
+        refuses("empty: 0 images", at("empty"), good)
+        save_images(at("folder"), x)
+        os.makedirs(at("folder/z"))
+        for wrong in (Image.fromarray(x[0, 1:]), *(Image.new(mode, (10, 12)) for mode in
+                                                   ("L", "P", "RGBA", "I;16", "1"))):
+            wrong.save(at("folder/z/wrong.png"))
+            refuses("wrong.png: ", at("folder"), good)
+        with open(at("folder/z/wrong.png"), "wb") as file:
+            file.write(b"no image")
+        refuses("wrong.png: cannot identify", good, at("folder"))
+        with open(at("folder/00003.png"), "rb") as whole, \
+                open(at("folder/z/wrong.png"), "wb") as file:
+            file.write(whole.read()[:200])  # seen only when it is decoded
+        raises(ValueError, "wrong.png: ", tiny_fid, at("folder"), good)
+        save_images(at("lossy"), x, ".jpg")
+        assert "holds JPEGs" in tiny_fid(good, at("lossy"))
+
+        # Exchanged sides: surely, or perhaps.
+        tiny_fid(good, "--save-stats", at("stats.npz"))
+        with np.load(at("stats.npz")) as file:
+            np.savez(at("both.npz"), x, **file)
+        with patched(fid, "POOL", 8), patched(fid, "SPATIAL", 6):
+            refuses("the order is REFERENCE SAMPLES", good, at("stats.npz"))
+            refuses("the order is REFERENCE SAMPLES", at("both.npz"), at("both.npz"))
+            refuses("statistics already", at("both.npz"), "--save-stats", at("s.npz"))
+        np.savez(at("few.npz"), x[:5])
+        assert "few.npz the REFERENCE?" in tiny_fid(good, at("few.npz"))
 
 
 def main():
