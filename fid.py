@@ -245,12 +245,9 @@ class Statistics:
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
-    """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), in float64. Singular
-    covariances are no special case.
-
-    For any A with A A^T = sigma1, the last trace is the sum of the roots of the eigenvalues of
-    A^T sigma2 A. Pivoted Cholesky finds an A fastest; its columns are as many as sigma1's rank.
-    """
+    """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), in float64. With any A
+    for which A A^T = sigma1, the last trace is the sum of the roots of the eigenvalues of
+    A^T sigma2 A. Pivoted Cholesky finds an A fastest, of as many columns as sigma1 has rank."""
     lower, order, rank, _ = lapack.dpstrf(sigma1, lower=1)
     a = np.zeros((len(lower), rank))
     a[order - 1] = np.tril(lower)[:, :rank]
@@ -429,9 +426,10 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--save-stats", help="file to write the statistics of one side to")
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
     args = parser.parse_args(argv)
-    if bool(args.samples) == bool(args.save_stats) or args.batch < 1:
-        raise ValueError("give REFERENCE and SAMPLES, or one side and --save-stats FILE; --batch "
-                         "must be 1 or more")
+    if bool(args.samples) == bool(args.save_stats) or args.save_stats and args.json:
+        raise ValueError("give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE")
+    if args.batch < 1:
+        raise ValueError("--batch must be 1 or more")
     out = os.path.abspath(args.save_stats or args.json or "fid.json")
     if os.path.isdir(out) or not os.path.isdir(os.path.dirname(out)):
         raise ValueError(f"cannot write {out}: it is a folder, or its folder does not exist")

@@ -168,7 +168,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def exponentials(keys: Tensor, pos: Tensor, count: int) -> Tensor:
     """Exponential(1) random numbers (B, count), a function of each row's key (B,) int64 and of
-    pos (1,) int64: so what is drawn for a row depends on neither its neighbours nor the machine.
+    pos (1,) int64: so what is drawn for a row does not depend on the rows beside it.
 
     The bits are those of the generator splitmix64, which is a hash of a counter.
     """
@@ -218,11 +218,11 @@ class AR(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def trunk(self, x: Tensor, rope: Tensor, pasts: list[Past | None]) -> Tensor:
-        """Embeddings (B, n, D) -> logits (B, n, V). rope: (2, n, d/2), of their positions. pasts:
-        for each block; None where the sequence begins with x."""
+        """Embeddings (B, n, D) -> features (B, n, D), which the head turns into logits. rope:
+        (2, n, d/2), of their positions. pasts: for each block; None where x begins the sequence."""
         for block, past in zip(self.blocks, pasts):
             x = block(x, rope, past)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def embed(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """Embeddings (B, 1 + n, D) of class labels (B,) and tokens (B, n)."""
@@ -232,7 +232,7 @@ class AR(nn.Module):
         """Logits (B, n, V) of tokens (B, n) int64, n <= N: each from the label and the tokens
         before it (Eq. 6). labels: (B,) int64; num_classes is the null class."""
         x = self.dropout(self.embed(labels, tokens[:, :-1]))                 # (B, n, D)
-        return self.trunk(x, self.rope[:, :x.shape[1]], [None] * len(self.blocks))
+        return self.head(self.trunk(x, self.rope[:, :x.shape[1]], [None] * len(self.blocks)))
 
     def generate(self, labels: Tensor, cfg: tuple[float, float] | None = None,
                  prefix: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
@@ -249,13 +249,14 @@ class Sampler:
     """Draws the tokens of `batch` sequences at a time, one after another.
 
     All its state is in tensors that stay in place. A step is thus the same work on the same memory,
-    whatever its position: it can be compiled once for each length of the cache, and on CUDA be
-    recorded as a graph, which then runs without Python.
+    whatever its position: its parts are compiled once for each length of the cache, and on CUDA the
+    whole of it is recorded as a graph, which then runs without Python.
 
     cfg: (start, end): classifier-free guidance, whose scale runs linearly from start at the first
     token to end at the last; None: no guidance, and none of its cost. temperature: 0 is greedy.
     top_k, top_p: 0 and 1 keep all tokens. chunk: tokens given at a time; the part of the cache that
-    is read grows by as much. compiled: compile the step, and record it on CUDA. Raises ValueError.
+    is read grows by as much, but in at most eight steps. compiled: compile a block, and the draw
+    with guidance; on CUDA, record the step. Raises ValueError.
     """
 
     def __init__(self, model: AR, batch: int, cfg: tuple[float, float] | None = None,
@@ -272,13 +273,21 @@ class Sampler:
         self.tokens = torch.zeros(batch, count, dtype=torch.long, device=weight.device)  # (B, N)
         self.token, self.keys = (torch.zeros_like(self.tokens[:, 0]) for _ in range(2))  # (B,)
         self.pos = torch.zeros_like(self.tokens[0, :1])  # (1,) position of `token`
-        self.advance = torch.compile(self.step, dynamic=False) if compiled else self.step
-        self.record, self.graphs = compiled and weight.is_cuda, {}
+        self.bucket = max(chunk, -(-count // 8))  # by which the read part of the cache grows
+        self.compiled, self.recorded, self.graphs = compiled, compiled and weight.is_cuda, {}
+        if compiled:
+            self.choose = torch.compile(self.choose, dynamic=False)
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        self.side = torch.cuda.Stream() if self.recorded else None
 
     def predict(self, x: Tensor, pos: Tensor, length: int):
         """Draws the token after embeddings x (B or 2B, n, D) at positions pos (n,)."""
-        logits = self.model.trunk(x, self.model.rope[:, pos], self.cache.at(pos, length))
-        logits = logits[:, -1].float()                                       # (B or 2B, V)
+        x = self.model.trunk(x, self.model.rope[:, pos], self.cache.at(pos, length))
+        self.choose(self.model.head(x[:, -1]).float())
+
+    def choose(self, logits: Tensor):
+        """Draws from logits (B or 2B, V)."""
         if self.guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + self.scales[self.pos] * (cond - uncond)        # (B, V)
@@ -301,29 +310,31 @@ class Sampler:
             labels = torch.cat([labels, torch.full_like(labels, self.model.config.num_classes)])
             prefix = torch.cat([prefix, prefix])
         pos = torch.arange(n + 1, device=labels.device)
-        self.predict(self.model.embed(labels, prefix), pos, n + 1)
+        # Once a batch, of another length each time: not worth compiling.
+        with torch.compiler.set_stance("force_eager" if self.compiled else "default"):
+            self.predict(self.model.embed(labels, prefix), pos, n + 1)
 
     def replay(self, length: int):
-        """`advance`, from a CUDA graph that the first call for this length records."""
+        """`step`, from a CUDA graph that the first call for this length records."""
         if length not in self.graphs:
             before = self.pos.clone(), self.token.clone()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles and warms up, on a stream of its own
-                self.advance(length)
-            torch.cuda.current_stream().wait_stream(stream)
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):  # compiles and warms up, where it will be recorded
+                self.step(length)
+            torch.cuda.current_stream().wait_stream(self.side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.advance(length)
+            with torch.cuda.graph(graph, stream=self.side):
+                self.step(length)
             self.graphs[length] = graph
             self.pos.copy_(before[0])  # undoes the warming up
             self.token.copy_(before[1])
         self.graphs[length].replay()
 
-    def check(self, labels: Tensor, prefix: Tensor):
+    def check(self, labels: Tensor, prefix: Tensor, keys: Tensor):
         config, batch = self.model.config, len(self.tokens)
-        if labels.shape != (batch,):
-            raise ValueError(f"labels must be ({batch},), got {tuple(labels.shape)}")
+        if labels.shape != (batch,) or keys.shape != (batch,):
+            raise ValueError(f"labels and keys must be ({batch},), got {tuple(labels.shape)} and "
+                             f"{tuple(keys.shape)}")
         if labels.numel() and not 0 <= labels.min() <= labels.max() <= config.num_classes:
             raise ValueError(f"labels must be in 0 ... {config.num_classes - 1} "
                              f"(or {config.num_classes}, the null class)")
@@ -340,9 +351,9 @@ class Sampler:
         depend; None draws them. Raises ValueError for other shapes.
         """
         prefix = labels.new_zeros(len(labels), 0) if prefix is None else prefix
-        self.check(labels, prefix)
         if keys is None:
             keys = torch.randint(2 ** 62, labels.shape, device=labels.device)
+        self.check(labels, prefix, keys)
         self.keys.copy_(keys)
         drawn, count = prefix.shape[1], self.model.config.num_tokens
         if drawn < count:
@@ -350,10 +361,10 @@ class Sampler:
             drawn += 1
         else:
             self.tokens.copy_(prefix)
-        advance = self.replay if self.record else self.advance
+        step = self.replay if self.recorded else self.step
         for end in range(self.chunk, count + self.chunk, self.chunk):
             for pos in range(drawn, min(end, count)):
-                advance(min(pos // self.chunk * self.chunk + self.chunk, count))
+                step(min((pos // self.bucket + 1) * self.bucket, count))
             drawn = max(drawn, end)
             yield self.tokens[:, end - self.chunk:end].clone()
 

@@ -27,10 +27,12 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -290,8 +292,8 @@ class Encoder(nn.Module):
         patches, grid = to_patches(images, self.patch)                       # (B, L, 768)
         rope = rope_2d(*grid, self.head_dim, images.device)
         # Query tokens have no place in the image: the identity rotation (App. I).
-        identity = rope.new_tensor([1.0, 0.0])[:, None, None]                # cosine 1, sine 0
-        identity = identity.expand(-1, self.num_tokens, rope.shape[2])       # (2, N, d/2)
+        identity = torch.zeros_like(rope[:, :1]).expand(-1, self.num_tokens, -1).clone()
+        identity[0] = 1                                                      # (2, N, d/2)
         rope = torch.cat([rope, identity], 1)                                # (2, L + N, d/2)
         patches = layer_norm(self.from_pixels(patches))                      # (B, L, D)
         queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
@@ -510,7 +512,7 @@ class Tokenizer(nn.Module):
         reach at least to the end of the step's group."""
         size = self.config.num_tokens // self.config.num_groups
         group = cond[:, step.group * size:(step.group + 1) * size]           # (B, N/K, D)
-        return self.diffusion(x, x.new_tensor([step.t]), group)[0].float()
+        return self.diffusion(x, x.new_full((1,), step.t), group)[0].float()
 
     def start(self, batch: int, noise: Tensor | None, solver: str) -> Tensor:
         """Checked starting point x_0 (B, 3, H, W) of a sampler; fresh noise where none is given."""
@@ -553,18 +555,18 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def stream(self, token_groups: Iterable[Tensor], noise: Tensor | None = None,
-               solver: str = "adams2") -> Iterator[Tensor]:
+               solver: str = "adams2", groups: int | None = None) -> Iterator[Tensor]:
         """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
-        (B, 3, H, W): the image that the velocity points at. The K-th is the image that `decode`
-        with steps = K gives. A preview costs no network call. Sec. 3.3.
+        (B, 3, H, W): the image that the velocity points at. The last one, after all K groups or the
+        first `groups`, is the image that `decode` with steps = K gives. A preview costs no network
+        call. Sec. 3.3.
         """
-        config = self.config
-        groups = config.num_groups
-        schedule = sampling_schedule(groups, groups, config.beta, groups)
+        config, count = self.config, self.config.num_groups
+        schedule = sampling_schedule(count, count, config.beta, groups or count)
         tokens, x, v_before = None, None, None
         for step, group in zip(schedule, token_groups):
-            if group.ndim != 2 or group.shape[1] != config.num_tokens // groups:
-                raise ValueError(f"a group must be (B, {config.num_tokens // groups}), "
+            if group.ndim != 2 or group.shape[1] != config.num_tokens // count:
+                raise ValueError(f"a group must be (B, {config.num_tokens // count}), "
                                  f"got {tuple(group.shape)}")
             tokens = group if tokens is None else torch.cat([tokens, group], 1)      # (B, n)
             x = self.start(len(tokens), noise, solver) if x is None else x
@@ -670,7 +672,8 @@ def save_checkpoint(path: str, checkpoint: dict):
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        os.remove(path + ".tmp")
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
         raise ValueError(f"{path} could not be written ({' '.join(str(error).split())}); what was "
                          "saved before is whole") from None
     if os.path.exists(path):
@@ -681,8 +684,8 @@ def save_checkpoint(path: str, checkpoint: dict):
 def make_parts(folder: str, count: int, size: int, settings: dict,
                make: Callable[[list[list[int]]], Iterator[np.ndarray]], rate: Callable[[int], str]):
     """Makes rows 0 ... count - 1 of an array that takes long, `size` rows a file in `folder`, so
-    that it goes on where it was killed. Each process takes a share; they meet in the folder only,
-    and the first one returns when all files are there.
+    that it goes on where it was killed. Each process takes a share; all return when all files are
+    there.
 
     make(todo): yields the rows (n, ...) of each list of numbers in `todo`, one after another.
     rate(n): tells how fast n rows were made. Raises ValueError where the folder was begun with
@@ -709,6 +712,7 @@ def make_parts(folder: str, count: int, size: int, settings: dict,
 
     todo = [[*range(first, min(first + size, count))]
             for first in range(rank * size, count, world * size) if not os.path.exists(path(first))]
+    wait()  # until all know their share: the first to end may remove the folder
     began, at_start, made, total = time.time(), done(), 0, -(-count // size)
     for numbers, rows in zip(todo, make(todo)):
         with open(path(numbers[0]) + ".tmp", "wb") as file:
@@ -720,8 +724,7 @@ def make_parts(folder: str, count: int, size: int, settings: dict,
             seconds = (time.time() - began) / (now - at_start) * (total - now)
             print(f"{min(now * size, count):,} of {count:,} images, {rate(made)}, "
                   f"{seconds / 60:.1f} min left", flush=True)
-    while rank == 0 and done() < total:  # others are still at it; if one fails, torchrun ends this
-        time.sleep(0.2)
+    wait()
 
 
 def read_parts(folder: str) -> Iterator[np.ndarray]:
@@ -957,7 +960,26 @@ def noise_of(seed: int, purpose: int, numbers: Iterable[int], shape: tuple, devi
                         for number in numbers])
 
 
-# ---- Scripts -------------------------------------------------------------------------------------
+# ---- Scripts and processes -----------------------------------------------------------------------
+
+def join_processes() -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device of this process, started by torchrun or plain python."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    # Processes wait for one another when one has done its share of the tokens long before.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def wait():
+    """Until all processes are here, where there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
 
 def peak_memory() -> float:
     """The most memory in GB that this process has held, on its GPU if it uses one."""
@@ -977,9 +999,12 @@ def count_flops(call: Callable) -> int:
 
 
 def run(main):
-    """Calls a script's main; a user's mistake ends it with one line."""
+    """Calls a script's main; a user's mistake ends it with one line, and so does Ctrl-C."""
+    name = os.path.basename(sys.argv[0])
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         # The last line: an error in a data loader's process arrives with a traceback before it.
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {str(error).splitlines()[-1]}")
+        sys.exit(f"{name}: {(str(error).splitlines() or [repr(error)])[-1]}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped; the same command goes on from what was saved")

@@ -10,11 +10,14 @@
     python sample.py --size L --batch 64 --cfg 1.1:8 --benchmark    speed, in random weights
 
 F is a checkpoint of train_ar.py, which carries its tokenizer, or one of the authors' files together
-with --tokenizer. Image i is a function of the seed and i. Everything is written beside --out.
+with --tokenizer; to reconstruct, a tokenizer will do. Image i is a function of the seed and i, but
+for the rounding of products with other numbers of rows. Everything is written beside --out.
 """
 import argparse
+import functools
 import glob
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -24,13 +27,14 @@ from typing import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model_ar import AR, SIZES, Sampler, load_ar
 from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Step, Tokenizer, center_crop, count_flops,
-                             image_grid, load_tokenizer, make_parts, noise_of, open_image,
-                             peak_memory, psnr, read_file, read_image, read_parts, run, seed_of,
-                             to_tensor, to_uint8, write_array)
+                             image_grid, join_processes, load_tokenizer, make_parts, noise_of,
+                             open_image, peak_memory, psnr, read_file, read_image, read_parts, run,
+                             seed_of, to_tensor, to_uint8, write_array)
 
 
 # ---- What the user says --------------------------------------------------------------------------
@@ -42,7 +46,9 @@ def parse_cfg(text: str) -> tuple[float, float] | None:
     try:
         start, end = (float(part) for part in (text.split(":") if ":" in text else [text, text]))
     except ValueError:
-        raise ValueError(f"--cfg must be START:END, one number, or none; got {text!r}") from None
+        start = end = math.nan
+    if not math.isfinite(start + end):
+        raise ValueError(f"--cfg must be START:END, one number, or none; got {text!r}")
     return start, end
 
 
@@ -65,13 +71,18 @@ def parse_keep(text: str, count: int) -> list[int]:
     return [int(part) for part in kept]
 
 
-def newest_checkpoint(folder: str = "out") -> str:
-    """The checkpoint of an autoregressive model under `folder` that was written last."""
+def newest_checkpoint(kinds: tuple, folder: str = "out") -> str:
+    """The checkpoint under `folder`, of one of the kinds, that was written last."""
     paths = glob.glob(os.path.join(folder, "**", "last.pt"), recursive=True)
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
-        if read_file(path).get("kind") == "ar":
+        if read_file(path).get("kind") in kinds:
             return path
     raise FileNotFoundError(f"no checkpoint under {folder}/; train one, or give --ckpt FILE")
+
+
+UNUSED = {  # flags that have no meaning in a mode
+    "stream": "steps", "prefix": "num", "npz": "out", "size": "ckpt tokenizer labels",
+    "reconstruct": "labels cfg temperature top_k top_p", "benchmark": "num out"}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -104,6 +115,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--npz", metavar="FILE", help="write the images as uint8 arr_0, for fid.py")
     mode.add_argument("--benchmark", action="store_true", help="print tokens and images a second")
     args = parser.parse_args(argv)
+    for chosen, unused in UNUSED.items():
+        for flag in unused.split() if getattr(args, chosen) else ():
+            if getattr(args, flag) != parser.get_default(flag):
+                raise ValueError(f"--{flag.replace('_', '-')} has no meaning with --{chosen}")
+    if "RANK" in os.environ and not args.npz and not args.reconstruct:
+        raise ValueError("torchrun is for --npz and --reconstruct; use python otherwise")
+    if os.path.splitext(args.out)[1].lower() not in (".png", ".jpg", ".webp"):
+        raise ValueError(f"--out must end in .png, .jpg or .webp, got {args.out!r}")
     args.cfg = parse_cfg(args.cfg)
     for flag, least in (("num", 1), ("batch", 1), ("steps", 1), ("top_k", 0), ("seed", 0),
                         ("temperature", 0)):
@@ -115,8 +134,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for flag, needed in (("keep", "prefix"), ("size", "benchmark")):
         if getattr(args, flag) and not getattr(args, needed):
             raise ValueError(f"--{flag} needs --{needed}")
-    if args.stream and args.steps:
-        raise ValueError("--stream takes one step a group of tokens; leave --steps out")
     if args.stream and (args.num or 1) > args.batch:
         raise ValueError(f"--stream draws one batch; give --num up to --batch, {args.batch}")
     return args
@@ -124,14 +141,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 # ---- Model ---------------------------------------------------------------------------------------
 
-def load_models(args, device) -> tuple[AR, Tokenizer, list[str]]:
-    """The models and the names of the classes. Raises FileNotFoundError and ValueError."""
+def load_models(args, device) -> tuple[AR | None, Tokenizer, list[str]]:
+    """The models and the names of the classes; to reconstruct, the tokenizer only. Raises
+    FileNotFoundError and ValueError."""
+    if args.reconstruct:
+        args.ckpt = args.tokenizer or args.ckpt or newest_checkpoint(("ar", "tokenizer"))
+        return None, load_tokenizer(args.ckpt, device), []
     if args.size:
         tokenizer = Tokenizer(TOKENIZERS["toy" if args.size == "toy" else "paper"]).eval()
         ar = AR(SIZES[args.size]).eval()
         classes = [str(i) for i in range(ar.config.num_classes)]
         return ar.to(device), tokenizer.to(device), classes
-    args.ckpt = args.ckpt or newest_checkpoint()
+    args.ckpt = args.ckpt or newest_checkpoint(("ar",))
     classes = read_file(args.ckpt).get("classes")  # the authors' files name none
     if classes:
         parse_labels(args.labels, classes)  # mistakes come before the weights
@@ -153,11 +174,10 @@ class Pipeline:
     autocast with compiled blocks.
     """
 
-    def __init__(self, ar: AR, tokenizer: Tokenizer, args, batch: int, device: torch.device):
+    def __init__(self, ar: AR | None, tokenizer: Tokenizer, args, batch: int,
+                 device: torch.device):
         config, self.on_gpu = tokenizer.config, device.type == "cuda"
         if self.on_gpu:
-            for parameter in ar.parameters():  # but not the buffer, which holds the rotation
-                parameter.data = parameter.data.bfloat16()
             for block in tokenizer.diffusion.blocks:
                 block.compile(dynamic=False)
         self.tokenizer, self.args, self.batch, self.device = tokenizer, args, batch, device
@@ -167,8 +187,12 @@ class Pipeline:
             raise ValueError(f"--tokens must be a multiple of {self.group} in {self.group} ... "
                              f"{config.num_tokens}, got {tokens}")
         self.groups = tokens // self.group
-        self.sampler = Sampler(ar, batch, args.cfg, args.temperature, args.top_k, args.top_p,
-                               self.group, compiled=self.on_gpu)
+        if ar is not None:
+            if self.on_gpu:  # but not the buffer, which holds the rotation
+                for parameter in ar.parameters():
+                    parameter.data = parameter.data.bfloat16()
+            self.sampler = Sampler(ar, batch, args.cfg, args.temperature, args.top_k, args.top_p,
+                                   self.group, compiled=self.on_gpu)
 
     def pad(self, items: list) -> list:
         """The items, the last one repeated up to a whole batch: all batches have one shape."""
@@ -205,9 +229,9 @@ class Pipeline:
         tokens = self.token_groups(numbers, labels)
         if self.on_gpu:
             tokens = on_own_stream(tokens)
-        previews = self.tokenizer.stream(tokens, self.noise(numbers), self.args.solver)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu):
-            yield from islice(previews, self.groups)
+            yield from self.tokenizer.stream(tokens, self.noise(numbers), self.args.solver,
+                                             self.groups)
 
     def wait(self):
         if self.on_gpu:
@@ -215,17 +239,22 @@ class Pipeline:
 
 
 def on_own_stream(items: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same items, but their making goes on beside what the reader does with those before."""
+    """The same items, made one ahead on a stream of their own, while the reader works on the one
+    before, and outside its autocast."""
     stream, reader = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(reader)
-    while True:
-        with torch.cuda.stream(stream):
-            item = next(items, None)
-        if item is None:
-            return
-        reader.wait_stream(stream)
+
+    def launch() -> tuple[Tensor | None, torch.cuda.Event]:
+        with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
+            return next(items, None), stream.record_event()
+
+    item, made = launch()
+    while item is not None:
+        following = launch()
+        reader.wait_event(made)
         item.record_stream(reader)
         yield item
+        item, made = following
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -285,7 +314,7 @@ def write_npz(path: str, parts: Iterator[np.ndarray], count: int):
     os.replace(path + ".tmp", path)
 
 
-def write_samples(pipeline: Pipeline, args, labels: list[int]):
+def write_samples(pipeline: Pipeline, args, labels: list[int], rank: int):
     """`--npz`: each label equally often, in another order in each turn of all labels."""
     count, seconds = args.num or 100, {"AR": 0.0, "decoder": 0.0}
 
@@ -315,7 +344,7 @@ def write_samples(pipeline: Pipeline, args, labels: list[int]):
                 "groups": pipeline.groups, "steps": args.steps, "solver": args.solver,
                 "device": pipeline.device.type, "weights": digest(args.ckpt, args.tokenizer)}
     make_parts(folder, count, pipeline.batch, settings, make, rate)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         write_npz(args.npz, read_parts(folder), count)
         shutil.rmtree(folder)
         print(args.npz)
@@ -344,7 +373,7 @@ def find_images(root: str) -> list[str]:
     return paths
 
 
-def write_reconstructions(pipeline: Pipeline, args, paths: list[str]):
+def write_reconstructions(pipeline: Pipeline, args, paths: list[str], rank: int):
     """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
     stem, size = os.path.splitext(args.out)[0], pipeline.tokenizer.config.image_size
     began, names = time.time(), [f"{stem}_originals.npz", f"{stem}_reconstructions.npz"]
@@ -362,9 +391,9 @@ def write_reconstructions(pipeline: Pipeline, args, paths: list[str]):
     folder = stem + ".parts"
     settings = {"seed": args.seed, "groups": pipeline.groups, "steps": args.steps,
                 "solver": args.solver, "device": pipeline.device.type, "images": paths,
-                "weights": digest(args.ckpt, args.tokenizer)}
+                "weights": digest(args.ckpt)}
     make_parts(folder, len(paths), pipeline.batch, settings, make, rate)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         total = 0.0
         for i, name in enumerate(names):
             write_npz(name, (part[:, i] for part in read_parts(folder)), len(paths))
@@ -399,10 +428,13 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
     tokenizer, device, batch = pipeline.tokenizer, pipeline.device, pipeline.batch
     numbers, todo = [*range(batch)], [labels[i % len(labels)] for i in range(batch)]
     dtype, side = ar.head.weight.dtype, 8192 if pipeline.on_gpu else 2048
-    memory = torch.ones(2 ** 29 // dtype.itemsize, dtype=dtype, device=device)
-    bandwidth = 2 ** 29 / seconds_of(memory.sum, pipeline)
-    square = torch.ones(side, side, dtype=dtype, device=device)
-    products = 2 * side ** 3 / seconds_of(lambda: torch.mm(square, square), pipeline)
+    values = torch.randn(2 ** 29 // dtype.itemsize, dtype=dtype, device=device)
+    bandwidth = 2 ** 29 / seconds_of(values.sum, pipeline)
+    values = values[:side ** 2].view(side, side).clone()
+    products = 2 * side ** 3 / seconds_of(functools.partial(torch.mm, values, values), pipeline)
+    del values
+    if pipeline.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
 
     def draw() -> Tensor:
         return torch.cat([*pipeline.token_groups(numbers, todo)], 1)
@@ -442,10 +474,7 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    rank, _, device = join_processes()
 
     # Everything that can be wrong is looked at first
     if args.npz and os.path.exists(args.npz):
@@ -458,9 +487,12 @@ def main(argv: list[str] | None = None):
     os.makedirs(os.path.dirname(os.path.abspath(args.npz or args.out)), exist_ok=True)
 
     # Batches of about one size
-    default = min(10, len(labels)) if args.stream else len(labels) if args.prefix else 100
-    count = args.num or len(paths) or default
-    batch = args.batch if args.benchmark else -(-count // -(-count // args.batch))
+    if args.stream or args.prefix:
+        labels = labels if args.labels else labels[:10]
+    count = args.num or len(paths) or (len(labels) if args.stream or args.prefix else 100)
+    batch = args.batch  # for an npz, always the same: it makes a difference to rounding
+    if not args.benchmark and not args.npz:
+        batch = -(-count // -(-count // batch))
     pipeline = Pipeline(ar, tokenizer, args, batch, device)
     if args.benchmark:
         benchmark(pipeline, ar, labels)
@@ -470,11 +502,13 @@ def main(argv: list[str] | None = None):
         size = tokenizer.config.image_size
         write_layouts(pipeline, args, labels, to_tensor(center_crop(reference, size)))
     elif args.reconstruct:
-        write_reconstructions(pipeline, args, paths)
+        write_reconstructions(pipeline, args, paths, rank)
     elif args.npz:
-        write_samples(pipeline, args, labels)
+        write_samples(pipeline, args, labels, rank)
     else:
         write_grid(pipeline, args, labels)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

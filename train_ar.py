@@ -27,13 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model_ar import AR, SIZES, ARConfig, load_ar
 from model_tokenizer import (Tokenizer, build_config, center_crop, count_flops, image_grid,
-                             load_last, load_tokenizer, make_parts, pack_tokenizer, read_parts,
-                             resize_shorter, run, save_checkpoint, seed_of, seeded, to_tensor,
-                             write_array)
-from train_tokenizer import (Clock, Shuffle, Stop, Stream, Unreadable, batches, join_processes,
-                             learning_rate, local_batch, open_data, parse_config, positions,
-                             read_or_next, some_of, start_from, update_ema, utilisation, wait,
-                             write_log)
+                             join_processes, load_last, load_tokenizer, make_parts, pack_tokenizer,
+                             read_parts, resize_shorter, run, save_checkpoint, seed_of, seeded,
+                             to_tensor, wait, write_array)
+from train_tokenizer import (Clock, Shuffle, Stop, Stream, Unreadable, batches, learning_rate,
+                             leave_group, local_batch, open_data, parse_config, positions,
+                             read_or_another, some_of, start_from, trim_log, update_ema,
+                             utilisation, write_log)
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Views(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
-        image, label, unreadable = read_or_next(self.source, i)
+        image, label, unreadable = read_or_another(self.source, i)
         crops = [crop_view(image, self.size, view, self.views) for view in range(self.views)]
         return torch.stack([to_tensor(crop) for crop in crops]), label, unreadable
 
@@ -123,7 +123,8 @@ def encode_all(tokenizer: Tokenizer, views: Views, items: list[int], workers: in
     crops, made in float32."""
     device = tokenizer.quantizer.codebook.device
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(views, items),
-                                         max(1, 128 // views.views), num_workers=workers)
+                                         max(1, 128 // views.views), num_workers=workers,
+                                         worker_init_fn=leave_group)
     for images, labels, lines in loader:                                     # (n, views, 3, H, W)
         unreadable.note(lines)
         tokens = tokenizer.encode(images.flatten(0, 1).to(device)).cpu()     # (n * views, N)
@@ -140,7 +141,7 @@ def read_codes(config: TrainConfig, tokenizer: Tokenizer, views: Views,
     weights, images = hashlib.sha256(), hashlib.sha256()
     for value in tokenizer.state_dict().values():
         weights.update(value.cpu().numpy().tobytes())
-    images.update(str(vars(views.source)).encode())
+    images.update(str(views.source.describe()).encode())
     about = {"tokenizer": weights.hexdigest(), "images": images.hexdigest(), "count": len(views),
              "views": views.views, "classes": len(views.source.classes)}
     name = hashlib.sha256(str(about).encode()).hexdigest()[:16]
@@ -176,8 +177,7 @@ def stored_tokens(codes: np.ndarray, config: TrainConfig, count: int, first_step
     micro, shuffle = local_batch(config, world), Shuffle(count, config.seed)
     places = positions(config, first_step, rank, world)
     while chosen := [*islice(places, micro)]:
-        views = np.random.default_rng((config.seed, 2, chosen[0])).integers(config.views,
-                                                                            size=len(chosen))
+        views = [seed_of(config.seed, 2, place) % config.views for place in chosen]
         rows = codes[[shuffle[place] for place in chosen]].astype(np.int64)  # (micro, 1 + views N)
         tokens = rows[:, 1:].reshape(micro, config.views, -1)[range(micro), views]
         yield torch.from_numpy(rows[:, 0]), torch.from_numpy(tokens)
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None):
              if config.views else None)
     shown = some_of(config.eval_images, len(held_out))
     val = np.stack([*encode_all(tokenizer, Views(held_out, size, 1), shown, config.workers,
-                                Unreadable(config.out, len(held_out)))]).astype(np.int64)
+                                Unreadable(config.out, len(shown)))]).astype(np.int64)
     val_labels, val_tokens = torch.from_numpy(val).to(device).split([1, count], 1)
     val_labels = val_labels[:, 0]                                            # (n,)
 
@@ -291,7 +291,9 @@ def main(argv: list[str] | None = None):
             ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         first_step = saved["step"]
+    del saved
     if master:
+        trim_log(config, first_step)
         print(f"ar: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} "
               f"training images in {len(train.classes)} classes, step {first_step} of "
               f"{config.steps}, {world} x {device}", flush=True)
@@ -312,11 +314,13 @@ def main(argv: list[str] | None = None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
+        # All processes draw for the whole batch which labels give way to the null class.
+        dropped = torch.rand(config.batch, generator=seeded(config.seed, 7, step))
+        dropped = (dropped < config.class_dropout).view(world, config.accumulate, micro)[rank]
         torch.manual_seed(seed_of(config.seed, 4, step, rank))               # dropouts
         for part in range(config.accumulate):
             labels, tokens = (batch.to(device, non_blocking=True) for batch in next(data))
-            dropped = torch.rand(micro, device=device) < config.class_dropout
-            labels = labels.masked_fill(dropped, architecture.num_classes)   # the null class
+            labels = labels.masked_fill(dropped[part].to(device), architecture.num_classes)
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):

@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
 from typing import Iterator
 
 import numpy as np
@@ -30,9 +29,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Tokenizer, TokenizerConfig, build_config,
-                             center_crop, count_flops, group_of, image_grid, load_last,
-                             load_tokenizer, noise_of, pack_tokenizer, peak_memory, psnr,
-                             read_image, resize_shorter, run, save_checkpoint, seeded, to_tensor)
+                             center_crop, count_flops, group_of, image_grid, join_processes,
+                             load_last, load_tokenizer, noise_of, pack_tokenizer, peak_memory, psnr,
+                             read_image, resize_shorter, run, save_checkpoint, seeded, to_tensor,
+                             wait)
 
 
 @dataclass
@@ -102,25 +102,6 @@ def parse_config(presets: dict, argv: list[str] | None = None) -> list:
     parts = presets[given.pop("preset")]
     return [replace(part, **{field.name: given[field.name] for field in fields(part)
                              if field.name in given}) for part in parts]
-
-
-def join_processes() -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device of this process, started by torchrun or plain python."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    # Processes wait for one another when one has written its share of the tokens long before.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def wait():
-    """Until all processes are here, where there are several."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def in_turn(build):
@@ -219,7 +200,7 @@ class Clock:
 
 class Stop:
     """Notes SIGTERM and Ctrl-C, so that the loop can save after a whole step, the same one in all
-    processes; a second one ends at once."""
+    processes; a second Ctrl-C ends at once."""
 
     def __init__(self):
         self.signal = 0
@@ -231,7 +212,8 @@ class Stop:
 
     def note(self, number: int, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:  # not SIGTERM, which torchrun passes on once more
+            signal.signal(number, signal.SIG_DFL)
 
     def asked(self) -> bool:
         """Whether any process was sent a signal; all processes call this after each step."""
@@ -247,6 +229,7 @@ class Stop:
 
     def leave(self, step: int, master: bool):
         """Ends the program, whose checkpoint is of `step`, in the way that a signal does."""
+        wait()  # for the first process to have saved: the first to leave ends the others
         self.release()
         if master:
             print(f"{signal.Signals(self.signal).name}: saved after step {step}; the same command "
@@ -275,12 +258,23 @@ def write_log(config, master: bool, **numbers):
         return
     def brief(value) -> str:
         if isinstance(value, list):
-            return " ".join(brief(part) for part in value)
+            return " ".join(map(brief, value[:8])) + " ..." * (len(value) > 8)
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     print("  ".join(f"{name} {brief(value)}" for name, value in numbers.items()), flush=True)
     with open(os.path.join(config.out, "log.jsonl"), "a") as file:
         file.write(json.dumps(numbers) + "\n")
+
+
+def trim_log(config, step: int):
+    """Removes from log.jsonl what a run wrote after `step`, at which it now goes on."""
+    path = os.path.join(config.out, "log.jsonl")
+    if os.path.exists(path):
+        with open(path) as file:
+            lines = [line for line in file
+                     if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        with open(path, "w") as file:
+            file.writelines(lines)
 
 
 def utilisation(flops_per_second: float) -> dict:
@@ -306,6 +300,9 @@ class Shapes:
 
     def label(self, i: int) -> int:
         return (self.first + i) % len(self.classes)
+
+    def describe(self) -> list:
+        return [self.size, self.first, self.count]
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         rng, label = np.random.default_rng((0, self.first + i)), self.label(i)
@@ -373,6 +370,12 @@ class Folder:
                       if path.lower().endswith(IMAGE_ENDINGS)]
         if not self.items:
             raise ValueError(f"no images in {root}: it must hold one sub-folder of images a class")
+        self.root = root
+
+    def describe(self) -> list:
+        """What makes these images others than those of another folder."""
+        return [self.size] + [(os.path.relpath(path, self.root), os.path.getsize(path), label)
+                              for path, label in self.items]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -404,28 +407,30 @@ def open_data(data: str, size: int) -> tuple:
     return train, held_out
 
 
-def read_or_next(source, i: int) -> tuple[Image.Image, int, str]:
-    """Image i and its label, or the next one that can be read; and what was wrong with those that
-    cannot, a line each. Raises ValueError after 100 of them in a row."""
+def read_or_another(source, i: int) -> tuple[Image.Image, int, str]:
+    """Image i and its label, or, where it cannot be read, another one that is a function of i; and
+    what was wrong with those that cannot, a line each. Raises ValueError after 100 of them."""
     unreadable = []
-    for j in range(i, i + 100):
+    for attempt in range(100):
+        if attempt:
+            i = int(np.random.default_rng((i, attempt)).integers(len(source)))
         try:
-            return *source[j % len(source)], "\n".join(unreadable)
-        except ValueError as error:
+            return *source[i], "\n".join(unreadable)
+        except (ValueError, FileNotFoundError) as error:
             unreadable.append(str(error))
-    raise ValueError(f"100 images in a row cannot be read, the last: {unreadable[-1]}")
+    raise ValueError(f"100 images taken at random cannot be read, the last: {unreadable[-1]}")
 
 
 class Unreadable:
-    """Counts images that cannot be read, over `total` at least, and names each once, in the output
-    and in a file. Raises ValueError when they are more than 1 %."""
+    """Counts images that cannot be read, among `total` or more, and names each once in a process,
+    in the output and in a file. Raises ValueError when they are more than 1 %."""
 
     def __init__(self, out: str, total: float):
         self.path, self.total = os.path.join(out, "unreadable.txt"), total
         self.known, self.seen, self.skipped = set(), 0, 0
 
     def note(self, lines: list[str]):
-        """Takes what `read_or_next` said of a batch."""
+        """Takes what `read_or_another` said of each image of a batch."""
         self.seen += len(lines)
         for line in [line for text in lines for line in text.splitlines()]:
             self.skipped += 1
@@ -478,7 +483,7 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int, str]:
         """Image (3, H, W), label, position, and the images that could not be read on the way."""
-        image, label, unreadable = read_or_next(self.source, self.shuffle[position])
+        image, label, unreadable = read_or_another(self.source, self.shuffle[position])
         rng = np.random.default_rng((self.config.seed, 2, position))
         crop = random_crop(image, self.size, self.config.resize_max, self.config.flip, rng)
         return to_tensor(crop), label, position, unreadable
@@ -492,9 +497,9 @@ def positions(config, first_step: int, rank: int, world: int) -> Iterator[int]:
         yield from range(first, first + share)
 
 
-def ignore_interrupts(worker: int):
-    """Ctrl-C reaches all processes, but it is for the training loop to decide."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(worker: int):
+    """Called in a loader's process: signals to the group are for the training loop to decide on."""
+    os.setpgrp()
 
 
 def batches(stream: Stream, config, first_step: int, rank: int, world: int, device) -> Iterator:
@@ -502,7 +507,7 @@ def batches(stream: Stream, config, first_step: int, rank: int, world: int, devi
     loader = torch.utils.data.DataLoader(
         stream, local_batch(config, world), sampler=positions(config, first_step, rank, world),
         num_workers=config.workers, pin_memory=device.type == "cuda", drop_last=True,
-        worker_init_fn=ignore_interrupts)
+        worker_init_fn=leave_group)
     unreadable = Unreadable(config.out, len(stream.source) / world)
     for images, labels, places, lines in loader:
         unreadable.note(lines)
@@ -595,24 +600,27 @@ class CodebookUse:
 
 @torch.no_grad()
 def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[dict, Image.Image]:
-    """Of held-out images (B, 3, H, W): PSNR in dB of their reconstructions; the flow loss at times
-    of each group; how many codebook rows stand at a position, on average over each group's
-    positions. And a picture of the first 8: the original, then the previews after each group."""
+    """Of held-out images (B, 3, H, W): PSNR in dB of their reconstructions; for each group, the
+    losses at the time at which the sampler uses it (VQ: of the tokens up to it); for each position,
+    how many codebook rows stand there. And a picture of the first 8: the original, then the
+    previews after each group."""
     config = model.config
     noise = torch.randn(images.shape, generator=seeded(seed, 3)).to(images.device)
     tokens, size = model.encode(images), config.num_tokens // config.num_groups
     previews = [[] for _ in range(config.num_groups)]
-    flow = torch.zeros(config.num_groups, device=images.device)
+    flow, vq = torch.zeros(2, config.num_groups, device=images.device)
     for part, eps, chosen in zip(images.split(64), noise.split(64), tokens.split(64)):
         for k, preview in enumerate(model.stream(chosen.split(size, 1), eps)):
             previews[k].append(preview)
             u = torch.full((len(part),), k / config.num_groups, device=part.device)
-            flow[k] += model(part, u, eps).flow_loss * len(part) / len(images)
+            output, share = model(part, u, eps), len(part) / len(images)
+            flow[k] += share * output.flow_loss
+            vq[k] += share * output.vq_loss
     previews = [images] + [torch.cat(preview) for preview in previews]
     picture = torch.stack([preview[:8] for preview in previews], 1).flatten(0, 1)
-    rows = torch.tensor([len(column.unique()) for column in tokens.T]).float()          # (N,)
     return ({"psnr": psnr(previews[-1], images), "flow_by_group": flow.tolist(),
-             "rows_by_group": rows.view(config.num_groups, -1).mean(1).tolist()},
+             "vq_by_group": vq.tolist(),
+             "rows_by_position": [len(column.unique()) for column in tokens.T]},
             image_grid(picture, len(previews)))
 
 
@@ -634,9 +642,11 @@ def main(argv: list[str] | None = None):
     train, held_out = open_data(config.data, architecture.image_size)
     os.makedirs(config.out, exist_ok=True)
     stream = Stream(train, config, architecture.image_size)
-    shown = [center_crop(read_or_next(held_out, i)[0], architecture.image_size)
+    shown = [read_or_another(held_out, i)
              for i in some_of(config.eval_images, len(held_out))]
-    shown = torch.stack([to_tensor(image) for image in shown]).to(device)    # (n, 3, H, W)
+    Unreadable(config.out, len(shown)).note([lines for _, _, lines in shown])
+    shown = torch.stack([to_tensor(center_crop(image, architecture.image_size))
+                         for image, _, _ in shown]).to(device)               # (n, 3, H, W)
 
     # Model, its running average, and the losses outside it
     torch.manual_seed(config.seed)
@@ -665,7 +675,9 @@ def main(argv: list[str] | None = None):
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         use.idle, use.age, first_step = saved["idle"], saved["age"], saved["step"]
+    del saved
     if master:
+        trim_log(config, first_step)
         print(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{len(train):,} training images in {len(train.classes)} classes, step {first_step} "
               f"of {config.steps}, {world} x {device}", flush=True)
@@ -688,18 +700,20 @@ def main(argv: list[str] | None = None):
             group["lr"] = learning_rate(step, config)
 
         # All processes draw the times of the whole batch, so that each knows how many tokens count.
-        u = torch.rand(config.batch, generator=seeded(config.seed, 4, step))
+        u = torch.rand(config.batch, device=device,
+                       generator=seeded(config.seed, 4, step, device=device))
         counts = group_of(u, architecture.num_groups) + 1.0                  # in groups
         counts *= len(counts) / counts.sum()                                 # 1 on average
         tokens = []
         for part in range(config.accumulate):
             images, _, places = next(data)
-            mine = places - step * config.batch                              # (micro,)
+            first = places[0].item() - step * config.batch
+            mine = slice(first, first + len(places))  # places in this step's batch
             noise = noise_of(config.seed, 5, places.tolist(), images.shape[1:], device)
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                output = ddp(images, u[mine].to(device), noise)
+                output = ddp(images, u[mine], noise)
                 losses = {"flow": output.flow_loss,
                           "vq": output.vq_loss * counts[mine].mean()}
                 if lpips is not None:
