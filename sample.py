@@ -31,10 +31,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model_ar import AR, SIZES, Sampler, load_ar
-from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Step, Tokenizer, center_crop, count_flops,
+from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Tokenizer, center_crop, count_flops,
                              image_grid, join_processes, load_tokenizer, make_parts, noise_of,
                              open_image, peak_memory, psnr, read_file, read_image, read_parts, run,
-                             seed_of, to_tensor, to_uint8, write_array)
+                             sampling_schedule, seed_of, to_tensor, to_uint8, write_array)
 
 
 # ---- What the user says --------------------------------------------------------------------------
@@ -453,8 +453,10 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
     computing = 2 * weights * rows / products
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         cond, noise = tokenizer.condition(tokens[:1]), pipeline.noise([0])
-        steps = pipeline.args.steps or tokenizer.config.num_steps or tokenizer.config.num_groups
-        flops = steps * count_flops(lambda: tokenizer.velocity(noise, Step(0.0, 1.0, 0), cond))
+        settings = tokenizer.config
+        steps = pipeline.args.steps or settings.num_steps or settings.num_groups
+        schedule = sampling_schedule(steps, settings.num_groups, settings.beta, pipeline.groups)
+        flops = count_flops(lambda: tokenizer.velocity(noise, schedule[0], cond)) * len(schedule)
     name = torch.cuda.get_device_name() if pipeline.on_gpu else "CPU"
     floors = {"AR": count * max(reading + caching, computing), "decoder": batch * flops / products}
     print(f"{name}, {str(dtype)[6:]}, batch {batch}, guidance {'on' if rows > batch else 'off'}\n"
@@ -489,10 +491,8 @@ def main(argv: list[str] | None = None):
     # Batches of about one size
     if args.stream or args.prefix:
         labels = labels if args.labels else labels[:10]
-    count = args.num or len(paths) or (len(labels) if args.stream or args.prefix else 100)
-    batch = args.batch  # for an npz, always the same: it makes a difference to rounding
-    if not args.benchmark and not args.npz:
-        batch = -(-count // -(-count // batch))
+    count = len(paths) or args.num or (len(labels) if args.stream or args.prefix else 100)
+    batch = args.batch if args.benchmark else -(-count // -(-count // args.batch))
     pipeline = Pipeline(ar, tokenizer, args, batch, device)
     if args.benchmark:
         benchmark(pipeline, ar, labels)
