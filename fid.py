@@ -30,6 +30,7 @@ import time
 import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Iterator, NamedTuple
 
 import numpy as np
@@ -369,7 +370,8 @@ class Side:
                 raise ValueError(f"not finite, or of another network: statistics of {shapes}")
         if "arr_0" in names:
             self.member = self.file.open("arr_0.npy")
-            np.lib.format.read_magic(self.member)
+            if np.lib.format.read_magic(self.member) != (1, 0):
+                raise ValueError("arr_0 must be an array in version 1.0 of NumPy's format")
             shape, in_columns, kind = np.lib.format.read_array_header_1_0(self.member)
             self.start, self.count, self.size = self.member.tell(), shape[0], shape[1:3]
             if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or in_columns:
@@ -458,7 +460,8 @@ def main(argv: list[str] | None = None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))
     for turn in range(2):  # the first process of a node downloads what the others then find
         if samples.count and turn == (local > 0):
             network = load_inception(args.weights).to(device)
@@ -490,7 +493,8 @@ def main(argv: list[str] | None = None):
         figures.update(precision=pair.precision, recall=pair.recall)
     else:
         warn("no Inception Score; " * (samples.count == 0)
-             + "no precision and recall: they need 4 images or more on each side")
+             + "no precision and recall: they need 4 images or more on each side, and there are "
+             f"{reference.count} and {samples.count}")
     for name, value in figures.items():
         print(f"{name:20} {value:.4f}")
     if args.json:
@@ -500,5 +504,5 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"fid.py: {error}")

@@ -664,7 +664,8 @@ def image_grid(images: Tensor, columns: int) -> Image.Image:
 
 def save_checkpoint(path: str, checkpoint: dict):
     """Writes a dict of tensors and plain Python, so that `path` always holds a whole checkpoint;
-    the one that it held moves to `path`.previous. Raises ValueError, on a full disk say."""
+    the one that it held moves to `path`.previous, unless it was damaged. Raises ValueError, on a
+    full disk say."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
         with open(path + ".tmp", "wb") as file:
@@ -676,7 +677,7 @@ def save_checkpoint(path: str, checkpoint: dict):
             os.remove(path + ".tmp")
         raise ValueError(f"{path} could not be written ({' '.join(str(error).split())}); what was "
                          "saved before is whole") from None
-    if os.path.exists(path):
+    if os.path.exists(path) and zipfile.is_zipfile(path):  # else truncated
         os.replace(path, path + ".previous")
     os.replace(path + ".tmp", path)
 

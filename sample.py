@@ -134,8 +134,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for flag, needed in (("keep", "prefix"), ("size", "benchmark")):
         if getattr(args, flag) and not getattr(args, needed):
             raise ValueError(f"--{flag} needs --{needed}")
-    if args.stream and (args.num or 1) > args.batch:
-        raise ValueError(f"--stream draws one batch; give --num up to --batch, {args.batch}")
     return args
 
 
@@ -480,6 +478,8 @@ def main(argv: list[str] | None = None):
 
     # Everything that can be wrong is looked at first
     if args.npz and os.path.exists(args.npz):
+        if rank == 0:  # where it was killed at the very end
+            shutil.rmtree(args.npz + ".parts", ignore_errors=True)
         raise ValueError(f"{args.npz} is there already; give --npz another name")
     paths = find_images(args.reconstruct)[:args.num] if args.reconstruct else []
     reference = read_image(args.prefix, 256) if args.prefix else None
@@ -492,6 +492,8 @@ def main(argv: list[str] | None = None):
     if args.stream or args.prefix:
         labels = labels if args.labels else labels[:10]
     count = len(paths) or args.num or (len(labels) if args.stream or args.prefix else 100)
+    if args.stream and count > args.batch:
+        raise ValueError(f"--stream draws one batch; give up to --batch, {args.batch}, images")
     batch = args.batch if args.benchmark else -(-count // -(-count // args.batch))
     pipeline = Pipeline(ar, tokenizer, args, batch, device)
     if args.benchmark:

@@ -704,6 +704,7 @@ def test_a_truncated_or_missing_checkpoint_leaves_the_one_before():
             file.truncate(os.path.getsize(path) // 2)
         said = quietly(train_tokenizer.main, TINY + out)
         assert f"going on from {path}.previous" in said and "step 2 of 4" in said
+        mt.read_file(path + ".previous")  # which the damaged one did not replace
         assert torch.equal(weights_of(whole), weights_of(os.path.join(root, "run")))
         os.remove(path)  # as if killed between the two renamings
         os.remove(path + ".previous")

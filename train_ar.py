@@ -165,8 +165,9 @@ def read_codes(config: TrainConfig, tokenizer: Tokenizer, views: Views,
                 write_array(file, read_parts(path + ".parts"), len(views))
             os.replace(path + ".parts/settings.json", os.path.join(config.codes, name + ".json"))
             os.replace(path + ".tmp", path)
-            shutil.rmtree(path + ".parts")
         wait()
+    if int(os.environ.get("RANK", 0)) == 0:
+        shutil.rmtree(path + ".parts", ignore_errors=True)
     return np.load(path, mmap_mode="r")
 
 
@@ -251,7 +252,7 @@ def main(argv: list[str] | None = None):
              if config.views else None)
     shown = some_of(config.eval_images, len(held_out))
     val = np.stack([*encode_all(tokenizer, Views(held_out, size, 1), shown, config.workers,
-                                Unreadable(config.out, len(shown)))]).astype(np.int64)
+                                Unreadable(config.out, len(held_out)))]).astype(np.int64)
     val_labels, val_tokens = torch.from_numpy(val).to(device).split([1, count], 1)
     val_labels = val_labels[:, 0]                                            # (n,)
 

@@ -10,6 +10,7 @@ below is a flag; the same command continues where it stopped. Results are in `ou
 """
 import argparse
 import colorsys
+import contextlib
 import copy
 import json
 import math
@@ -18,6 +19,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from typing import Iterator
 
 import numpy as np
@@ -206,7 +208,7 @@ class Stop:
         self.signal = 0
         # On GPUs, a group of its own: what NCCL sums, the processor would wait for.
         nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-        self.group = dist.new_group(backend="gloo") if nccl else None
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if nccl else None
         self.before = {number: signal.signal(number, self.note)
                        for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -267,14 +269,17 @@ def write_log(config, master: bool, **numbers):
 
 
 def trim_log(config, step: int):
-    """Removes from log.jsonl what a run wrote after `step`, at which it now goes on."""
-    path = os.path.join(config.out, "log.jsonl")
+    """Removes from log.jsonl what a run wrote after `step`, at which it now goes on, and what is no
+    whole line."""
+    path, kept = os.path.join(config.out, "log.jsonl"), []
     if os.path.exists(path):
-        with open(path) as file:
-            lines = [line for line in file
-                     if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        with open(path, "w") as file:
-            file.writelines(lines)
+        with open(path, errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(json.JSONDecodeError):
+                    kept += [line] if json.loads(line)["step"] <= step else []
+        with open(path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".tmp", path)
 
 
 def utilisation(flops_per_second: float) -> dict:
@@ -644,7 +649,7 @@ def main(argv: list[str] | None = None):
     stream = Stream(train, config, architecture.image_size)
     shown = [read_or_another(held_out, i)
              for i in some_of(config.eval_images, len(held_out))]
-    Unreadable(config.out, len(shown)).note([lines for _, _, lines in shown])
+    Unreadable(config.out, len(held_out)).note([lines for _, _, lines in shown])
     shown = torch.stack([to_tensor(center_crop(image, architecture.image_size))
                          for image, _, _ in shown]).to(device)               # (n, 3, H, W)
 
