@@ -257,9 +257,8 @@ def on_own_stream(items: Iterator[Tensor]) -> Iterator[Tensor]:
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-def write_grid(pipeline: Pipeline, args, labels: list[int]):
+def write_grid(pipeline: Pipeline, args, labels: list[int], count: int):
     """A grid of samples, labels in turn; one column a label where there are at most ten."""
-    count = args.num or 100
     todo = [labels[i % len(labels)] for i in range(count)]
     images = torch.cat([pipeline.images([*range(first, min(first + pipeline.batch, count))],
                                         todo[first:first + pipeline.batch])
@@ -312,9 +311,9 @@ def write_npz(path: str, parts: Iterator[np.ndarray], count: int):
     os.replace(path + ".tmp", path)
 
 
-def write_samples(pipeline: Pipeline, args, labels: list[int], rank: int):
+def write_samples(pipeline: Pipeline, args, labels: list[int], count: int, rank: int):
     """`--npz`: each label equally often, in another order in each turn of all labels."""
-    count, seconds = args.num or 100, {"AR": 0.0, "decoder": 0.0}
+    seconds = {"AR": 0.0, "decoder": 0.0}
 
     def label(number: int) -> int:
         turn, place = divmod(number, len(labels))
@@ -506,9 +505,9 @@ def main(argv: list[str] | None = None):
     elif args.reconstruct:
         write_reconstructions(pipeline, args, paths, rank)
     elif args.npz:
-        write_samples(pipeline, args, labels, rank)
+        write_samples(pipeline, args, labels, count, rank)
     else:
-        write_grid(pipeline, args, labels)
+        write_grid(pipeline, args, labels, count)
     if dist.is_initialized():
         dist.destroy_process_group()
 
