@@ -9,6 +9,7 @@ Letters: B batch, N tokens an image, D width, V vocabulary, h heads, d head widt
 position in the sequence (the class token has pos 0). "Sec." and "Eq." are the paper's.
 """
 import argparse
+import contextlib
 import os
 import re
 import zipfile
@@ -311,7 +312,8 @@ class Sampler:
             prefix = torch.cat([prefix, prefix])
         pos = torch.arange(n + 1, device=labels.device)
         # Once a batch, of another length each time: not worth compiling.
-        with torch.compiler.set_stance("force_eager" if self.compiled else "default"):
+        with (torch.compiler.set_stance("force_eager") if self.compiled
+              else contextlib.nullcontext()):  # what the caller set stays
             self.predict(self.model.embed(labels, prefix), pos, n + 1)
 
     def replay(self, length: int):
