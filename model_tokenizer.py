@@ -15,78 +15,71 @@ d head width, h heads. Images are RGB in [-1, 1]. Flow time t: t = 0 is noise, t
 u is the time before the shift of Eq. 8. "Sec." and "Eq." are the paper's; "released code" is the
 authors' public release.
 """
-import argparse
-import contextlib
 import functools
-import json
 import math
-import os
-import re
-import resource
-import sys
-import time
-import zipfile
-from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
-from typing import Callable, Iterable, Iterator, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Iterable, Iterator, NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention.bias import CausalBias, causal_lower_right
-from torch.utils.flop_counter import FlopCounterMode
+
+# Kinds of settings: type, least and largest value; sample.py checks them where settings come in.
+Count = Annotated[int, 1, 2 ** 20]
+Depth = Annotated[int, 1, 999]
+CountOrZero = Annotated[int, 0, 2 ** 20]
+Positive = Annotated[float, 1e-6, 1e6]
 
 
 @dataclass
 class TokenizerConfig:
     """Architecture. Weights belong to one setting of it; only `image_size` and `num_steps` may be
-    changed later."""
-    image_size: int = 256        # pixels a side (Sec. 5)
-    num_tokens: int = 256        # N, query tokens an image (Sec. 4)
-    num_groups: int = 8          # K, groups = denoising steps (Sec. 4, Table 5 of the appendix)
-    num_steps: int = 0           # default denoising steps of `decode`; 0: K (Sec. 4)
-    codebook_size: int = 16384   # V (Sec. 4)
-    code_dim: int = 8            # width of a codebook row (Sec. 4)
-    patch_size: int = 16         # pixels a side of an encoder patch (Sec. 4)
-    encoder_width: int = 768     # (Sec. 4)
-    encoder_depth: int = 8       # (Sec. 4)
-    decoder_width: int = 768     # the causal decoder (Sec. 4)
-    decoder_depth: int = 8       # (Sec. 4)
-    diffusion_width: int = 768   # (Sec. 4)
-    diffusion_depth: int = 12    # (Sec. 4)
-    diffusion_patch: int = 8     # pixels a side of a diffusion patch (Sec. 4)
-    head_dim: int = 64           # d, width of one attention head (released code)
-    query_rank: int = 8          # rank of the query table (released code)
-    max_tokens: int = 1024       # rows in the query and position tables (released code)
-    sigma: float = 0.6           # standard deviation the data is scaled by (released code)
-    beta: float = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
-    commitment: float = 0.25     # weight of the commitment loss (released code)
-    init_std: float = 0.02       # of linear weights and positions (released code)
-    repa_depth: int = 8          # the REPA head reads after this many diffusion blocks; 0: no head
-    repa_dim: int = 768          # width of the DINOv2-B features the head predicts
-    repa_hidden: int = 2048      # width of the head's hidden layers (released code)
+    changed later. Raises ValueError for numbers that do not fit together."""
+    image_size: Count = 256         # pixels a side (Sec. 5)
+    num_tokens: Count = 256         # N, query tokens an image (Sec. 4)
+    num_groups: Count = 8           # K, groups = denoising steps (Sec. 4, Table 5 of the appendix)
+    num_steps: CountOrZero = 0      # default denoising steps of `decode`; 0: K (Sec. 4)
+    codebook_size: Count = 16384    # V (Sec. 4)
+    code_dim: Count = 8             # width of a codebook row (Sec. 4)
+    patch_size: Count = 16          # pixels a side of an encoder patch (Sec. 4)
+    encoder_width: Count = 768      # (Sec. 4)
+    encoder_depth: Depth = 8        # (Sec. 4)
+    decoder_width: Count = 768      # the causal decoder (Sec. 4)
+    decoder_depth: Depth = 8        # (Sec. 4)
+    diffusion_width: Count = 768    # (Sec. 4)
+    diffusion_depth: Depth = 12     # (Sec. 4)
+    diffusion_patch: Count = 8      # pixels a side of a diffusion patch (Sec. 4)
+    head_dim: Count = 64            # d, width of one attention head (released code)
+    query_rank: Count = 8           # rank of the query table (released code)
+    max_tokens: Count = 1024        # rows in the query and position tables (released code)
+    sigma: Positive = 0.6           # standard deviation the data is scaled by (released code)
+    beta: Positive = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
+    commitment: Positive = 0.25     # weight of the commitment loss (released code)
+    init_std: Positive = 0.02       # of linear weights and positions (released code)
+    repa_depth: CountOrZero = 8     # the REPA head reads after this many diffusion blocks; 0: none
+    repa_dim: Count = 768           # width of the DINOv2-B features the head predicts
+    repa_hidden: Count = 2048       # width of the head's hidden layers (released code)
+
+    @property
+    def group_size(self) -> int:
+        """N/K, tokens a group."""
+        return self.num_tokens // self.num_groups
 
     def __post_init__(self):
-        need = [
-            (self.num_groups > 0 and self.num_tokens % self.num_groups == 0,
-             "num_tokens must be a multiple of num_groups"),
-            (self.num_tokens <= self.max_tokens, "num_tokens must not exceed max_tokens"),
-            (self.image_size % self.patch_size == 0, "image_size must be a multiple of patch_size"),
-            (self.image_size % self.diffusion_patch == 0,
-             "image_size must be a multiple of diffusion_patch"),
-            (self.head_dim % 4 == 0, "head_dim must be a multiple of 4, for the two axes of RoPE"),
-            (0 <= self.repa_depth < self.diffusion_depth,
-             "repa_depth must be below diffusion_depth (0: no REPA head)"),
-            (self.num_steps >= 0, "num_steps must be 0 or more"),
-            (self.sigma > 0 and self.beta > 0, "sigma and beta must be positive")]
-        need += [(width % self.head_dim == 0, "widths must be multiples of head_dim")
-                 for width in (self.encoder_width, self.decoder_width, self.diffusion_width)]
-        for holds, message in need:
-            if not holds:
-                raise ValueError(f"{message}; got {self}")
+        for name, unit in (("num_tokens", "num_groups"), ("image_size", "patch_size"),
+                           ("image_size", "diffusion_patch"), ("encoder_width", "head_dim"),
+                           ("decoder_width", "head_dim"), ("diffusion_width", "head_dim")):
+            number, of = getattr(self, name), getattr(self, unit)
+            if number % of:
+                raise ValueError(f"{name} must be a multiple of {unit}, got {number} and {of}")
+        if self.head_dim % 4:
+            raise ValueError(f"head_dim must be a multiple of 4 for RoPE, got {self.head_dim}")
+        if self.num_tokens > self.max_tokens:
+            raise ValueError(f"num_tokens must be at most max_tokens, {self.max_tokens}, got "
+                             f"{self.num_tokens}")
+        if self.repa_depth >= self.diffusion_depth:
+            raise ValueError(f"repa_depth must be below diffusion_depth, {self.diffusion_depth}, "
+                             f"got {self.repa_depth}")
 
 
 TOKENIZERS = {
@@ -115,15 +108,13 @@ def shift_time(u, beta: float):
     return u / (u + beta * (1 - u))
 
 
-def group_of(u, num_groups: int):
-    """The group of tokens that conditions uniform time u, Eq. 5. u: float or tensor in [0, 1].
+def group_of(u: Tensor, num_groups: int) -> Tensor:
+    """The groups of tokens, 0 ... K - 1, that condition uniform times u in [0, 1]. Eq. 5.
 
-    As the released code does, and unlike the paper's ceil(uK), the edges are rounded: each group is
-    trained around the one time at which the K-step sampler uses it.
+    The released code rounds uK where the paper takes ceil(uK): each group is trained around the one
+    time at which the K-step sampler uses it.
     """
-    if isinstance(u, Tensor):
-        return (u * num_groups + 0.5).long().clamp(max=num_groups - 1)
-    return min(int(u * num_groups + 0.5), num_groups - 1)
+    return (u * num_groups + 0.5).long().clamp(max=num_groups - 1)
 
 
 def interpolate(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
@@ -149,10 +140,10 @@ def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> 
 
     With steps = num_groups, every group is used exactly once.
     """
-    kept = [i / steps for i in range(steps) if group_of(i / steps, num_groups) < groups]
-    times = [shift_time(u, beta) for u in kept] + [1.0]
-    return [Step(t, t_next, group_of(u, num_groups))
-            for u, t, t_next in zip(kept, times, times[1:])]
+    u = torch.arange(steps, dtype=torch.float64, device="cpu") / steps
+    u = u[group_of(u, num_groups) < groups]                                  # (n,)
+    times = [*shift_time(u, beta).tolist(), 1.0]
+    return [*map(Step, times, times[1:], group_of(u, num_groups).tolist())]
 
 
 def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solver: str) -> Tensor:
@@ -175,18 +166,18 @@ def to_patches(images: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
     return patches.flatten(2).transpose(1, 2), patches.shape[2:]
 
 
-def rope_2d(height: int, width: int, head_dim: int, device) -> Tensor:
+@functools.cache
+def rope_2d(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
     """Rotation of patches in row-major order: cosines and sines, (2, height * width, head_dim / 2).
 
     The first half of the channel pairs turns with the row, the second with the column. App. I.
     """
     half = head_dim // 2
-    exponents = torch.arange(0, half, 2, dtype=torch.float64, device=device) / half
-    frequencies = 10000.0 ** -exponents
-    rows = torch.arange(height, device=device).repeat_interleave(width)
-    columns = torch.arange(width, device=device).repeat(height)
+    frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64, device="cpu") / half)
+    rows = torch.arange(height, device="cpu").repeat_interleave(width)
+    columns = torch.arange(width, device="cpu").repeat(height)
     angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], 1)
-    return torch.stack([angles.cos(), angles.sin()]).float()
+    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -196,18 +187,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-# Kept, as it is the same in every call; made outside compiled code, where making it fails.
-causal_bias = functools.cache(causal_lower_right)
-
-
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, bias: CausalBias) -> Tensor:
-    """Attention over [prefix, sequence]: the prefix sees the prefix, position i of the sequence
-    sees the prefix and positions up to i. Two calls without a mask, both fit for flash kernels.
-
-    q, k, v: (B, h, prefix + sequence, d). bias: causal_lower_right(sequence, prefix + sequence).
-    """
-    prefix = bias.seq_len_kv - bias.seq_len_q
-    sequence = F.scaled_dot_product_attention(q[:, :, prefix:], k, v, attn_mask=bias)
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
+    """Attention over [prefix, sequence], q, k, v (B, h, L, d): the prefix sees the whole prefix,
+    a position of the sequence sees the prefix and the positions up to its own. Two calls without
+    a mask, both fit for flash kernels."""
+    sequence = F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, prefix:]
     if prefix == 0:
         return sequence
     q, k, v = q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix]
@@ -229,22 +213,23 @@ class Attention(nn.Module):
     def merge(self, x: Tensor) -> Tensor:
         return self.out(x.transpose(1, 2).flatten(2))                        # (B, L, D)
 
-    def forward(self, x: Tensor, rope: Tensor | None, bias: CausalBias | None) -> Tensor:
-        """Self-attention of x (B, L, D): over all of x, or `prefix_attention` under a bias."""
-        q, k, v = self.q_norm(self.heads(self.q(x))), self.k_norm(self.heads(self.k(x))), self.v(x)
+    def forward(self, x: Tensor, rope: Tensor | None, prefix: int) -> Tensor:
+        """Self-attention of x (B, L, D), rotated if there is a rope (2, L, d/2), in the pattern of
+        `prefix_attention`; with prefix = L, every position sees every other."""
+        q, k = self.q_norm(self.heads(self.q(x))), self.k_norm(self.heads(self.k(x)))
+        v = self.heads(self.v(x))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k, v = q.to(v.dtype), k.to(v.dtype), self.heads(v)
-        if bias is None:
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if prefix == x.shape[1]:
             return self.merge(F.scaled_dot_product_attention(q, k, v))
-        return self.merge(prefix_attention(q, k, v, bias))
+        return self.merge(prefix_attention(q, k, v, prefix))
 
     def cross(self, x: Tensor, context: Tensor, rope: Tensor) -> Tensor:
         """Attention of x (B, L, D), rotated, to context (B, M, D), unrotated: (B, L, D)."""
         q = rotate(self.q_norm(self.heads(self.q(x))), rope)
         k, v = self.k_norm(self.heads(self.k(context))), self.heads(self.v(context))
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        return self.merge(F.scaled_dot_product_attention(q, k, v))
+        return self.merge(F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v))
 
 
 def mlp(width: int, hidden: int) -> nn.Sequential:
@@ -266,8 +251,8 @@ class Block(nn.Module):
         self.mlp = mlp(width, 4 * width)
         self.gate1, self.gate2 = (nn.Parameter(torch.zeros(width)) for _ in range(2))
 
-    def forward(self, x: Tensor, rope: Tensor | None, bias: CausalBias) -> Tensor:
-        x = x + self.gate1 * self.attention(self.norm1(x), rope, bias)       # (B, L, D)
+    def forward(self, x: Tensor, rope: Tensor | None, prefix: int) -> Tensor:
+        x = x + self.gate1 * self.attention(self.norm1(x), rope, prefix)     # (B, L, D)
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 
@@ -290,17 +275,15 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches, grid = to_patches(images, self.patch)                       # (B, L, 768)
-        rope = rope_2d(*grid, self.head_dim, images.device)
-        # Query tokens have no place in the image: the identity rotation (App. I).
-        identity = torch.zeros_like(rope[:, :1]).expand(-1, self.num_tokens, -1).clone()
-        identity[0] = 1                                                      # (2, N, d/2)
-        rope = torch.cat([rope, identity], 1)                                # (2, L + N, d/2)
         patches = layer_norm(self.from_pixels(patches))                      # (B, L, D)
         queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
         x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)     # (B, L + N, D)
-        bias = causal_bias(self.num_tokens, x.shape[1])                      # queries are causal
+        rope = rope_2d(*grid, self.head_dim, images.device)                  # (2, L, d/2)
+        # Query tokens have no place in the image: the identity rotation (App. I).
+        identity = rope[:, :1].expand(-1, self.num_tokens, -1)  # that of patch 0: no rotation
+        rope = torch.cat([rope, identity], 1)                                # (2, L + N, d/2)
         for block in self.blocks:
-            x = block(x, rope, bias)
+            x = block(x, rope, patches.shape[1])  # queries are causal
         return self.to_code(layer_norm(x[:, -self.num_tokens:]))             # (B, N, 8)
 
 
@@ -349,9 +332,8 @@ class CausalDecoder(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         n = codes.shape[1]
         x = self.from_code(codes) + self.positions[:n]                       # (B, n, D)
-        bias = causal_bias(n, n)
         for block in self.blocks:
-            x = block(x, None, bias)
+            x = block(x, None, 0)
         return layer_norm(x)
 
 
@@ -364,7 +346,7 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return layer_norm(x) * (1 + scale) + shift
+    return x * (1 + scale) + shift
 
 
 class DiffusionBlock(nn.Module):
@@ -385,10 +367,17 @@ class DiffusionBlock(nn.Module):
         """
         context = layer_norm(self.cond_mlp(cond))                            # (B, N/K, D)
         fetched = self.cross_attention.cross(layer_norm(x), context, rope)   # (B, L, D)
-        signal = self.time_mlp(time)[:, None] + fetched                      # (B, L, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(signal)).chunk(6, -1)
-        x = x + gate1 * self.attention(modulate(x, shift1, scale1), rope, None)
-        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
+        signal = F.silu(self.time_mlp(time)[:, None] + fetched)              # (B, L, D)
+        # Under autocast too, x and what is added to it stay float32.
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal).float().chunk(6, -1)
+        n = x.shape[1]
+        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1), rope, n)
+        return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
+
+
+class DiffusionOutput(NamedTuple):
+    velocity: Tensor   # (B, 3, H, W) float32
+    patches: Tensor    # (B, D, H/8, W/8) after `repa_depth` blocks, which the REPA head reads
 
 
 class DiffusionDecoder(nn.Module):
@@ -404,20 +393,19 @@ class DiffusionDecoder(nn.Module):
                                     for _ in range(config.diffusion_depth))
         self.to_pixels = nn.Linear(width, 3 * self.patch ** 2)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t (B, 3, H, W), t (B,), or (1,) for all images, one group cond (B, N/K, D) -> velocity
-        (B, 3, H, W), and the patches (B, D, H/8, W/8) after `repa_depth` blocks, which the REPA
-        head reads."""
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> DiffusionOutput:
+        """x: (B, 3, H, W) images x_t. t: (B,), or (1,) for all. cond: (B, N/K, D), one group."""
         x, grid = to_patches(x, self.patch)                                  # (B, L, 192)
-        x = self.from_pixels(x)                                              # (B, L, D)
+        x = self.from_pixels(x).float()                                      # (B, L, D)
         cond, time = layer_norm(self.from_cond(cond)), sinusoid(t, x.shape[2])
-        rope = rope_2d(*grid, self.head_dim, x.device)
-        tapped = x
+        rope, tapped = rope_2d(*grid, self.head_dim, x.device), x
         for depth, block in enumerate(self.blocks, 1):
             x = block(x, time, cond, rope)
             tapped = x if depth == self.repa_depth else tapped
-        v = self.to_pixels(layer_norm(x)).transpose(1, 2).unflatten(2, grid)
-        return F.pixel_shuffle(v, self.patch), tapped.transpose(1, 2).unflatten(2, grid)
+        with torch.autocast(x.device.type, enabled=False):
+            v = self.to_pixels(layer_norm(x)).transpose(1, 2).unflatten(2, grid)
+        return DiffusionOutput(F.pixel_shuffle(v, self.patch),
+                               tapped.transpose(1, 2).unflatten(2, grid))
 
 
 class RepaHead(nn.Module):
@@ -445,8 +433,8 @@ class TrainOutput(NamedTuple):
 
 
 class Tokenizer(nn.Module):
-    """The whole sequential diffusion tokenizer (Sec. 3.1): `encode`, `decode`, `stream`; and its
-    training rule, `forward`."""
+    """The whole sequential diffusion tokenizer (Sec. 3.1): its training rule, `forward`; `encode`,
+    and `decode` at once or, while tokens come in, by `stream`."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -488,10 +476,10 @@ class Tokenizer(nn.Module):
         x1 = config.sigma * images
         xt = interpolate(x1, noise, t)                                       # (B, 3, H, W)
         v, patches = self.diffusion(xt, t, cond)
-        flow_loss = (v.float() - (x1 - noise)).pow(2).mean() / config.sigma ** 2
+        flow_loss = (v - (x1 - noise)).pow(2).mean() / config.sigma ** 2     # Eq. 2
 
         # Only tokens up to the end of the chosen group had a say in this image's velocity.
-        seen = (group + 1) * (config.num_tokens // config.num_groups)        # (B,)
+        seen = (group + 1) * config.group_size                               # (B,)
         seen = torch.arange(config.num_tokens, device=u.device) < seen[:, None]
         vq_loss = (quantized.loss * seen).sum() / seen.sum()
         repa = self.repa_head(patches) if self.repa_head is not None else None
@@ -510,9 +498,9 @@ class Tokenizer(nn.Module):
     def velocity(self, x: Tensor, step: Step, cond: Tensor) -> Tensor:
         """Velocity (B, 3, H, W) at x (B, 3, H, W) in a step, from condition tokens (B, n, D) that
         reach at least to the end of the step's group."""
-        size = self.config.num_tokens // self.config.num_groups
+        size = self.config.group_size
         group = cond[:, step.group * size:(step.group + 1) * size]           # (B, N/K, D)
-        return self.diffusion(x, x.new_full((1,), step.t), group)[0].float()
+        return self.diffusion(x, x.new_full((1,), step.t), group).velocity
 
     def start(self, batch: int, noise: Tensor | None, solver: str) -> Tensor:
         """Checked starting point x_0 (B, 3, H, W) of a sampler; fresh noise where none is given."""
@@ -528,13 +516,12 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Tensor, noise: Tensor | None = None, steps: int | None = None,
                solver: str = "adams2", groups: int | None = None) -> Tensor:
-        """Images (B, 3, H, W), in [-1, 1] up to overshoot, of tokens (B, n) int64.
+        """Images (B, 3, H, W), in [-1, 1] up to overshoot, of tokens (B, n) int64. Sec. 4.
 
         noise: (B, 3, H, W) starting point, standard normal; None draws one. steps: denoising steps,
         default K (or the config's num_steps). solver: "adams2" or "euler". groups: read only the
         tokens of the first `groups` groups, whose last step jumps to t = 1; default K. n must reach
-        to the end of these groups.
-        Raises ValueError for other shapes or values. Sec. 4, "Sampling".
+        to the end of these groups. Raises ValueError for other shapes or values.
         """
         config = self.config
         steps = config.num_steps or config.num_groups if steps is None else steps
@@ -542,7 +529,7 @@ class Tokenizer(nn.Module):
         if steps < 1 or not 1 <= groups <= config.num_groups:
             raise ValueError(f"need steps >= 1 and 1 <= groups <= {config.num_groups}, "
                              f"got steps {steps}, groups {groups}")
-        length = groups * config.num_tokens // config.num_groups
+        length = groups * config.group_size
         if tokens.ndim != 2 or not length <= tokens.shape[1] <= config.num_tokens:
             raise ValueError(f"tokens must be (B, n) with {length} <= n <= {config.num_tokens}, "
                              f"got {tuple(tokens.shape)}")
@@ -565,447 +552,12 @@ class Tokenizer(nn.Module):
         schedule = sampling_schedule(count, count, config.beta, groups or count)
         tokens, x, v_before = None, None, None
         for step, group in zip(schedule, token_groups):
-            if group.ndim != 2 or group.shape[1] != config.num_tokens // count:
-                raise ValueError(f"a group must be (B, {config.num_tokens // count}), "
-                                 f"got {tuple(group.shape)}")
+            if group.ndim != 2 or group.shape[1] != config.group_size:
+                raise ValueError(f"a group must be (B, {config.group_size}), got "
+                                 f"{tuple(group.shape)}")
             tokens = group if tokens is None else torch.cat([tokens, group], 1)      # (B, n)
             x = self.start(len(tokens), noise, solver) if x is None else x
             v = self.velocity(x, step, self.condition(tokens))
             preview = jump(x, v, x.new_full((len(x),), step.t))
             x, v_before = solver_step(x, v, v_before, step, solver), v
             yield (x if step is schedule[-1] else preview) / config.sigma
-
-
-# ---- Pixels and files ----------------------------------------------------------------------------
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-@contextlib.contextmanager
-def reading(path: str):
-    """Turns what goes wrong inside into a FileNotFoundError or ValueError that names the file."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no image at {path}")
-    try:
-        yield
-    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, bombs, ...
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as an image ({reason})") from None
-
-
-def open_image(path: str) -> Image.Image:
-    """The image in a file, not decoded yet. Raises FileNotFoundError and ValueError."""
-    with reading(path):
-        image = Image.open(path)
-        if max(image.size) > 50 * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels")
-        return image
-
-
-def read_image(path: str, size: int) -> Image.Image:
-    """The image in a file in RGB; a JPEG more than twice as large as `size` pixels is decoded at a
-    fraction. EXIF turns are ignored, as is custom on ImageNet. Raises FileNotFoundError and
-    ValueError."""
-    image = open_image(path)
-    with reading(path):
-        image.draft("RGB", (2 * size,) * 2)
-        if image.mode.startswith("I"):  # 16 bits a pixel
-            image = Image.fromarray((np.array(image) / 256).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
-    pixels = np.array(image.convert("RGB"), dtype=np.float32)                # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1], rounded as ADM's samples are."""
-    pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def psnr(decoded: Tensor, images: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of decoded images (B, 3, H, W) in [-1, 1], clipped."""
-    error = (decoded.clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4       # pixels in [0, 1]
-    return (-10 * error.log10()).mean().item()
-
-
-def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Resizes so that the shorter side is `size` pixels, as ADM does: boxes, then bicubic."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)),
-                        Image.Resampling.BICUBIC)
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centred square of size x size pixels, the shorter side resized to `size`. ADM's crop."""
-    image = resize_shorter(image.convert("RGB"), size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def image_grid(images: Tensor, columns: int) -> Image.Image:
-    """One picture of images (B, 3, H, W) in rows of `columns`, 2 pixels apart on white; images
-    narrower than 64 pixels are enlarged by a whole factor that keeps them within 64."""
-    zoom = max(1, 64 // images.shape[-1])
-    pixels = to_uint8(images).repeat(zoom, 1).repeat(zoom, 2)                # (B, H, W, 3)
-    count, height, width = pixels.shape[:3]
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, np.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = i // columns * (height + 2), i % columns * (width + 2)
-        grid[top:top + height, left:left + width] = picture
-    return Image.fromarray(grid)
-
-
-def save_checkpoint(path: str, checkpoint: dict):
-    """Writes a dict of tensors and plain Python, so that `path` always holds a whole checkpoint;
-    the one that it held moves to `path`.previous, unless it was damaged. Raises ValueError, on a
-    full disk say."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        with open(path + ".tmp", "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise ValueError(f"{path} could not be written ({' '.join(str(error).split())}); what was "
-                         "saved before is whole") from None
-    if os.path.exists(path) and zipfile.is_zipfile(path):  # else truncated
-        os.replace(path, path + ".previous")
-    os.replace(path + ".tmp", path)
-
-
-def make_parts(folder: str, count: int, size: int, settings: dict,
-               make: Callable[[list[list[int]]], Iterator[np.ndarray]], rate: Callable[[int], str]):
-    """Makes rows 0 ... count - 1 of an array that takes long, `size` rows a file in `folder`, so
-    that it goes on where it was killed. Each process takes a share; all return when all files are
-    there.
-
-    make(todo): yields the rows (n, ...) of each list of numbers in `todo`, one after another.
-    rate(n): tells how fast n rows were made. Raises ValueError where the folder was begun with
-    other `settings`.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    os.makedirs(folder, exist_ok=True)
-    about, settings = os.path.join(folder, "settings.json"), {**settings, "size": size,
-                                                              "count": count}
-    if not os.path.exists(about):
-        with open(f"{about}.{rank}", "w") as file:
-            json.dump(settings, file)
-        os.replace(f"{about}.{rank}", about)
-    with open(about) as file:
-        if json.load(file) != settings:
-            raise ValueError(f"{folder} was begun with other settings; go on with the same ones, "
-                             "or remove it")
-
-    def path(first: int) -> str:
-        return os.path.join(folder, f"{first:08d}.npy")
-
-    def done() -> int:
-        return sum(name.endswith(".npy") for name in os.listdir(folder))
-
-    todo = [[*range(first, min(first + size, count))]
-            for first in range(rank * size, count, world * size) if not os.path.exists(path(first))]
-    wait()  # until all know their share: the first to end may remove the folder
-    began, at_start, made, total = time.time(), done(), 0, -(-count // size)
-    for numbers, rows in zip(todo, make(todo)):
-        with open(path(numbers[0]) + ".tmp", "wb") as file:
-            np.save(file, rows)
-        os.replace(path(numbers[0]) + ".tmp", path(numbers[0]))
-        made += len(rows)
-        if rank == 0:
-            now = done()
-            seconds = (time.time() - began) / (now - at_start) * (total - now)
-            print(f"{min(now * size, count):,} of {count:,} images, {rate(made)}, "
-                  f"{seconds / 60:.1f} min left", flush=True)
-    wait()
-
-
-def read_parts(folder: str) -> Iterator[np.ndarray]:
-    """The rows that `make_parts` wrote, file by file."""
-    for name in sorted(os.listdir(folder)):
-        if name.endswith(".npy"):
-            yield np.load(os.path.join(folder, name))
-
-
-def write_array(file, parts: Iterable[np.ndarray], count: int):
-    """Writes parts (n, ...) as one .npy array (count, ...), holding one part at a time."""
-    for i, part in enumerate(parts):
-        if i == 0:
-            np.lib.format.write_array_header_1_0(file, {
-                "descr": part.dtype.str, "fortran_order": False, "shape": (count, *part.shape[1:])})
-        file.write(part.tobytes())
-
-
-class _ReleasedSettings:
-    """Stands for the class config_util.Config of the authors' files; its plain dict is `_data`."""
-
-
-def read_file(path: str, device="cpu") -> dict:
-    """The dict in a checkpoint of ours or the authors', its tensors on `device`. Nothing is
-    unpickled but tensors, plain data and the authors' two classes of settings. Raises
-    FileNotFoundError and ValueError."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    allowed = [argparse.Namespace, (_ReleasedSettings, "config_util.Config")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            saved = torch.load(path, device, weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds: truncated, not a zip, other objects
-        found = re.search(r"(?:GLOBAL |class )([\w.]+)", str(error))
-        reason = f"it holds an object of {found[1]}" if found else "truncated, or another format"
-        raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds no dict")
-    return saved
-
-
-def load_checkpoint(path: str, kind: str, device="cpu") -> dict:
-    """The dict that `save_checkpoint` wrote. kind: "tokenizer" or "ar". Raises as `read_file`."""
-    saved = read_file(path, device)
-    if saved.get("kind") != kind:
-        raise ValueError(f"{path} is not a checkpoint of kind {kind!r} "
-                         f"(found: {saved.get('kind')!r})")
-    return saved
-
-
-def load_last(path: str, kind: str, device="cpu") -> dict | None:
-    """The checkpoint at `path` or, where that is missing or cannot be read, the one saved before
-    it; None where there is neither. Raises ValueError where none of them can be read."""
-    paths = [name for name in (path, path + ".previous") if os.path.exists(name)]
-    for name in paths:
-        try:
-            return load_checkpoint(name, kind, device)
-        except ValueError as error:
-            if name == paths[-1]:
-                raise
-            print(f"{error}; going on from {paths[-1]}", flush=True)
-    return None
-
-
-def build_config(cls, values: dict, source: str):
-    """A config dataclass from saved values; raises a ValueError that names unknown ones."""
-    unknown = set(values) - {field.name for field in fields(cls)}
-    if unknown:
-        raise ValueError(f"{source}: this code has no setting {', '.join(sorted(unknown))}")
-    return cls(**values)
-
-
-def pack_tokenizer(model: Tokenizer) -> dict:
-    """What a checkpoint needs to rebuild a tokenizer."""
-    return {"kind": "tokenizer", "config": asdict(model.config), "model": model.state_dict()}
-
-
-def load_tokenizer(path: str, device="cpu") -> Tokenizer:
-    """The tokenizer in a checkpoint of train_tokenizer.py or train_ar.py, or in one of the authors'
-    files (D-AR-tokenizer_v1.pt, bare state dicts); with averaged weights where there are any, in
-    eval mode. Raises FileNotFoundError and ValueError, which lists the tensors that do not fit."""
-    saved = read_file(path)
-    if "kind" in saved:
-        packed = saved.get("tokenizer", saved)
-        config = build_config(TokenizerConfig, packed["config"], path)
-        weights = packed.get("ema") or packed["model"]
-    else:
-        weights = translate(saved, path)
-        config = released_config(saved, weights, path)
-    model = Tokenizer(config)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # missing, surplus and misshapen tensors
-        raise ValueError(f"{path} does not fit: {' '.join(str(error).split())}") from None
-    return model.eval().to(device)
-
-
-# ---- The authors' files --------------------------------------------------------------------------
-
-RELEASED_NAMES = (  # a tensor's name in the authors' files -> ours: these replacements, in order
-    ("encoder_layers.", "encoder.blocks."), ("patchify.", "encoder.from_pixels."),
-    ("query_embedding.weight", "encoder.query_table"), ("query_linear.", "encoder.query_up."),
-    ("quant_in_conv.", "encoder.to_code."), ("quantize.embedding.weight", "quantizer.codebook"),
-    ("quant_out_conv.", "decoder.from_code."), ("decoder_embedding.weight", "decoder.positions"),
-    ("decoder_layers.", "decoder.blocks."), ("diff_decoder.net.repa_out.", "repa_head.layers."),
-    ("diff_decoder.net.cond_mlp.", "diffusion.from_cond."),
-    ("diff_decoder.net.conv_in.", "diffusion.from_pixels."),
-    ("diff_decoder.net.conv_out.", "diffusion.to_pixels."),
-    ("diff_decoder.net.blocks.", "diffusion.blocks."), (".cross_attn.", ".cross_attention."),
-    (".proj.", ".out."), (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.2."),
-    (".time_embed.mlp.", ".time_mlp."), (".cond_embed.", ".cond_mlp."),
-    (".adaLN_modulation.1.", ".modulation."))
-
-
-RELEASED_SETTINGS = {  # our field: its name in the authors' configuration
-    "image_size": "sampling_resolution", "num_tokens": "num_all_queries",
-    "num_groups": "num_query_groups", "num_steps": "num_denoising_steps",
-    "codebook_size": "vq_codebook_size", "code_dim": "vq_dim", "patch_size": "encoder_patch_size",
-    "encoder_width": "encoder_dim", "encoder_depth": "num_encoder_layers",
-    "decoder_width": "decoder_dim", "decoder_depth": "num_decoder_layers",
-    "diffusion_width": "diff_decoder.dim", "diffusion_depth": "diff_decoder.depth",
-    "diffusion_patch": "diff_decoder.patch_size", "sigma": "diff_decoder.data_std",
-    "beta": "diff_decoder.time_shift", "repa_depth": "diff_decoder.repa_layer"}
-
-RELEASED_FIXED = {  # settings of theirs that have one value here
-    "vq_enable": True, "query_low_rank": True, "rope_base_len": 10000, "output_resolution": 0,
-    "diff_decoder.in_dim": 3, "diff_decoder.out_dim": 3, "diff_decoder.mlp_head": False,
-    "diff_decoder.share_time_encoding": False, "diff_decoder.rope_base_len": 10000}
-
-RELEASED_SHAPES = {  # our field: a tensor, and its axis of that size
-    "codebook_size": ("quantizer.codebook", 0), "code_dim": ("quantizer.codebook", 1),
-    "encoder_width": ("encoder.query_up.weight", 0), "query_rank": ("encoder.query_table", 1),
-    "max_tokens": ("encoder.query_table", 0), "decoder_width": ("decoder.from_code.weight", 0),
-    "diffusion_width": ("diffusion.from_pixels.weight", 0),
-    "head_dim": ("diffusion.blocks.0.attention.q_norm.weight", 0),
-    "repa_hidden": ("repa_head.layers.0.weight", 0), "repa_dim": ("repa_head.layers.4.weight", 0)}
-
-
-def translate(saved: dict, source: str) -> dict:
-    """The weights in one of the authors' files under our names; 1 x 1 and patch convolutions become
-    linear layers. The averaged ones (`ema`) come first."""
-    keys = [key for key in ("ema", "model", "module", "state_dict") if saved.get(key)]
-    weights = {}
-    for name, value in (saved[keys[0]] if keys else saved).items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{source} holds no weights: {name} is no tensor")
-        name = name.replace("_orig_mod.", "").removeprefix("module.")
-        if name == "tok_embeddings.weight":
-            raise ValueError(f"{source} holds an autoregressive model, not a tokenizer; give "
-                             "--tokenizer FILE")
-        if value.ndim == 4 and (name == "patchify.weight" or value.shape[2:] == (1, 1)):
-            value = value.flatten(1)
-        for theirs, ours in RELEASED_NAMES:
-            name = name.replace(theirs, ours)
-        if name in weights:
-            raise ValueError(f"{source} holds {name} twice")
-        weights[name] = value
-    weights.pop("quantize.codebook_used", None)  # a counter of training
-    return weights
-
-
-def released_config(saved: dict, weights: dict, source: str) -> TokenizerConfig:
-    """The architecture of translated weights: from the settings in the file, else from the tensors'
-    shapes, else the released model's. Refuses by name the settings that this code cannot honour."""
-    def plain(value) -> dict:  # of a dict, a namespace, the authors' Config or None
-        value = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-        return value.get("_data", value)
-
-    settings = plain(saved.get("config"))
-    settings = dict(settings.get("model", settings))
-    inner = plain(settings.pop("diff_decoder", None))
-    settings.update({f"diff_decoder.{name}": value for name, value in inner.items()})
-    for name, value in settings.items():
-        other = {"queries_per_step", "diff_decoder.cond_dim", "diff_decoder.cfg",
-                 "diff_decoder.grad_checkpointing"}
-        if name not in {*RELEASED_SETTINGS.values(), *RELEASED_FIXED, *other}:
-            raise ValueError(f"{source}: the setting {name} = {value!r} is not supported")
-        if value != RELEASED_FIXED.get(name, value):
-            raise ValueError(f"{source}: the setting {name} = {value!r} is not supported, only "
-                             f"{RELEASED_FIXED[name]!r}")
-
-    fields = {"image_size": plain(saved.get("args")).get("image_size", 256)}
-    for field, (name, axis) in RELEASED_SHAPES.items():
-        if name in weights and weights[name].ndim > axis:
-            fields[field] = weights[name].shape[axis]
-    for field, part in (("patch_size", "encoder"), ("diffusion_patch", "diffusion")):
-        if f"{part}.from_pixels.weight" in weights:
-            fields[field] = math.isqrt(weights[f"{part}.from_pixels.weight"].shape[-1] // 3)
-    for field, part in (("encoder_depth", "encoder"), ("decoder_depth", "decoder"),
-                        ("diffusion_depth", "diffusion")):
-        fields[field] = len({name.split(".")[2] for name in weights
-                             if name.startswith(f"{part}.blocks.")})
-    if inner:  # the release's own defaults where its configuration is silent
-        fields.update(sigma=1.0, beta=1.0)
-    fields.update({field: settings[name] for field, name in RELEASED_SETTINGS.items()
-                   if name in settings})
-    # A head that no block follows is kept by no model of ours; only training reads it.
-    fields["repa_depth"] = min(fields.get("repa_depth", 8), max(fields["diffusion_depth"] - 1, 0))
-    if "repa_head.layers.0.weight" not in weights:
-        fields["repa_depth"] = 0
-    if fields["repa_depth"] == 0:
-        for name in [name for name in weights if name.startswith("repa_head.")]:
-            del weights[name]
-    try:
-        config = TokenizerConfig(**fields)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{source}: {error}") from None
-    derived = {"queries_per_step": config.num_tokens // config.num_groups,
-               "diff_decoder.cond_dim": config.decoder_width}
-    for name, value in derived.items():
-        if settings.get(name, value) != value:
-            raise ValueError(f"{source}: the setting {name} = {settings[name]!r} is not supported, "
-                             f"only {value}")
-    return config
-
-
-# ---- Random numbers ------------------------------------------------------------------------------
-
-def seed_of(*numbers: int) -> int:
-    """A seed that is a function of the numbers: (seed, purpose, step), say."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def seeded(*numbers: int, device="cpu") -> torch.Generator:
-    """A random generator that is a function of the numbers."""
-    return torch.Generator(device).manual_seed(seed_of(*numbers))
-
-
-def noise_of(seed: int, purpose: int, numbers: Iterable[int], shape: tuple, device) -> Tensor:
-    """Standard normal noise (n, *shape), row i a function of (seed, purpose, numbers[i])."""
-    return torch.stack([torch.randn(shape, device=device, generator=seeded(seed, purpose, number,
-                                                                           device=device))
-                        for number in numbers])
-
-
-# ---- Scripts and processes -----------------------------------------------------------------------
-
-def join_processes() -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device of this process, started by torchrun or plain python."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    # Processes wait for one another when one has done its share of the tokens long before.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def wait():
-    """Until all processes are here, where there are several."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def peak_memory() -> float:
-    """The most memory in GB that this process has held, on its GPU if it uses one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def count_flops(call: Callable) -> int:
-    """Floating-point operations of a call, which runs twice: the attention's biases cannot be made
-    under the counter."""
-    call()
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def run(main):
-    """Calls a script's main; a user's mistake ends it with one line, and so does Ctrl-C."""
-    name = os.path.basename(sys.argv[0])
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        # The last line: an error in a data loader's process arrives with a traceback before it.
-        sys.exit(f"{name}: {(str(error).splitlines() or [repr(error)])[-1]}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped; the same command goes on from what was saved")

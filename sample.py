@@ -1,4 +1,5 @@
-"""Draws images from a trained model, in every way that the paper shows.
+"""Draws images from a trained model, in every way that the paper shows; and holds what everybody
+who uses a model needs: settings, files, pixels, checkpoints, processes and seeds.
 
     python sample.py --cfg 1.1:10                         a grid; the newest checkpoint under out/
     python sample.py --ckpt F --labels 207,360 --num 8    classes in turn, by number or name
@@ -14,154 +15,745 @@ with --tokenizer; to reconstruct, a tokenizer will do. Image i is a function of 
 for the rounding of products with other numbers of rows. Everything is written beside --out.
 """
 import argparse
+import contextlib
+import errno
 import functools
 import glob
 import hashlib
+import inspect
+import json
 import math
 import os
+import re
 import shutil
+import sys
 import time
 import zipfile
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from enum import IntEnum
 from itertools import islice
-from typing import Callable, Iterator
+from typing import Annotated, Callable, Iterable, Iterator, Literal, get_args, get_origin, \
+    get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from model_ar import AR, SIZES, Sampler, load_ar
-from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Tokenizer, center_crop, count_flops,
-                             image_grid, join_processes, load_tokenizer, make_parts, noise_of,
-                             open_image, peak_memory, psnr, read_file, read_image, read_parts, run,
-                             sampling_schedule, seed_of, to_tensor, to_uint8, write_array)
+from model_ar import AR, SIZES, ARConfig, Count, Sampler
+from model_tokenizer import TOKENIZERS, CountOrZero, Tokenizer, TokenizerConfig, sampling_schedule
+
+Seed = Annotated[int, 0, 2 ** 63 - 1]
 
 
-# ---- What the user says --------------------------------------------------------------------------
+@dataclass
+class SampleConfig:
+    """What to draw, and how."""
+    ckpt: str = ""                   # checkpoint of train_ar.py; else the newest under out/
+    tokenizer: str = ""              # its tokenizer, for files that do not carry one
+    labels: str = ""                 # class numbers or names, a,b,c; else all
+    num_images: Count = 0            # else 100; with --stream one a label; to reconstruct, all
+    cfg: str = "none"                # guidance START:END, linear over the tokens, a number, or none
+    temperature: Annotated[float, 0, 1e6] = 1.0  # 0: the most likely token
+    top_k: CountOrZero = 0           # draw from the k likeliest tokens; 0: all
+    top_p: Annotated[float, 1e-6, 1] = 1.0  # draw from the likeliest tokens of this probability
+    tokens: Count = 0                # read only the first tokens, whole groups; else all
+    steps: Count = 0                 # denoising steps; else the tokenizer's
+    solver: Literal["adams2", "euler"] = "adams2"  # (Sec. 5, Table 6)
+    seed: Seed = 0
+    batch: Count = 100               # images at a time
+    out: str = "out/samples.png"     # the picture to write
+    stream: bool = False             # write each preview as it comes
+    prefix: str = ""                 # image whose first tokens are kept
+    keep: str = ""                   # how many, a row each: a,b,c; else 1/8, 1/4, 1/2 of them
+    reconstruct: str = ""            # folder of images to encode and decode
+    npz: str = ""                    # file for the images as uint8 arr_0, which fid.py reads
+    benchmark: bool = False          # print tokens and images a second
+    size: Literal["", *SIZES] = ""   # with --benchmark: random weights of this size
 
-def parse_cfg(text: str) -> tuple[float, float] | None:
-    """Guidance: "1.1:10" runs linearly over the tokens, "4" is constant, "none" is off."""
-    if text == "none":
-        return None
+
+# ---- Settings and mistakes -----------------------------------------------------------------------
+
+class Mistake(ValueError):
+    """What the user can mend; the message says how. `run` prints it without a traceback."""
+
+
+def checked(name: str, value, kind):
+    """The value of a setting, if it is of its field's kind: a type, Annotated[type, least, largest]
+    or Literal[choices]. Raises Mistake."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choices = ", ".join(str(choice) for choice in get_args(kind) if choice != "")
+            raise Mistake(f"{name} must be one of {choices}, got {value!r}")
+        return value
+    kind, *limits = get_args(kind) or (kind,)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise Mistake(f"{name} must be a value of type {kind.__name__}, got {value!r}")
+    if limits and not limits[0] <= value <= limits[1]:  # nan is in no range
+        raise Mistake(f"{name} must be in {limits[0]:.8g} ... {limits[1]:.8g}, got {value}")
+    return value
+
+
+def from_text(name: str, text: str, kind):
+    """`checked`, of a value that was typed."""
+    first = (get_args(kind) or [kind])[0]  # the type, or a choice
+    plain = first if isinstance(first, type) else type(first)
+    if plain is str and not text:
+        raise Mistake(f"{name} needs a value, got an empty one")
+    with contextlib.suppress(ValueError):
+        text = plain(text)
+    return checked(name, text, kind)
+
+
+def comments(cls) -> dict[str, str]:
+    """The comment beside each field of a dataclass."""
+    found, name = {}, None
+    for line in inspect.getsource(cls).splitlines():
+        if match := re.match(r"    (\w+): [^#]*# (.*)", line):
+            name, found[match[1]] = match[1], match[2]
+        elif (match := re.match(r"    # +(.*)", line)) and name:
+            found[name] += " " + match[1]
+    return found
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise Mistake(f"{message}; --help lists the flags")
+
+
+def parse_settings(presets: dict[str, tuple], argv: list[str] | None, text: str,
+                   short: dict[str, str] = {}) -> list:
+    """The dataclasses of the preset that --preset names (if there are several), changed by a flag
+    for each field. text: what --help says. short: another flag of a field. Raises Mistake."""
+    parser = Parser(description=text, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = next(iter(presets))
+    if len(presets) > 1:
+        parser.add_argument("--preset", choices=presets, default=first)
+    kinds = {}
+    for part in presets[first]:
+        kinds.update(get_type_hints(type(part), include_extras=True))
+        for field in fields(part):
+            flags = ["--" + field.name.replace("_", "-"), *filter(None, [short.get(field.name)])]
+            help = comments(type(part)).get(field.name, "")
+            if field.default or field.default is False:
+                help += f" [{field.default}]"
+            options = ({"action": argparse.BooleanOptionalAction} if field.type is bool else
+                       {"metavar": field.name.upper()[:6]})
+            parser.add_argument(*flags, help=help.replace("%", "%%"), **options)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+             if value is not None}
+    parts = presets[given.pop("preset", first)]
+    for name, value in given.items():
+        if kinds[name] is not bool:
+            given[name] = from_text("--" + name.replace("_", "-"), value, kinds[name])
     try:
-        start, end = (float(part) for part in (text.split(":") if ":" in text else [text, text]))
-    except ValueError:
-        start = end = math.nan
-    if not math.isfinite(start + end):
-        raise ValueError(f"--cfg must be START:END, one number, or none; got {text!r}")
-    return start, end
+        return [replace(part, **{field.name: given[field.name] for field in fields(part)
+                                 if field.name in given}) for part in parts]
+    except ValueError as error:  # numbers that do not fit together
+        raise Mistake(str(error)) from None
 
 
-def parse_labels(text: str, classes: list[str]) -> list[int]:
-    """Class numbers of "207,360" or of class names; "" is all classes."""
-    labels = []
-    for part in filter(None, text.split(",")):
-        if part not in classes and not (part.isdecimal() and int(part) < len(classes)):
-            raise ValueError(f"--labels: no class {part!r}; give numbers in 0 ... "
-                             f"{len(classes) - 1} or names such as {', '.join(classes[:10])}")
-        labels.append(classes.index(part) if part in classes else int(part))
-    return labels or list(range(len(classes)))
+def build(cls, values: dict, source: str):
+    """A dataclass of settings from saved values. Raises a Mistake that names what does not fit."""
+    kinds = get_type_hints(cls, include_extras=True)
+    for name in values:
+        if name not in kinds:
+            raise Mistake(f"{source}: this code has no setting {name}")
+        checked(f"{source}: {name}", values[name], kinds[name])
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise Mistake(f"{source}: {error}") from None
 
 
-def parse_keep(text: str, count: int) -> list[int]:
-    """Numbers of kept tokens of "32,64"; "" is 1/8, 1/4 and 1/2 of the `count` tokens."""
-    kept = text.split(",") if text else [str(count // 8), str(count // 4), str(count // 2)]
-    if not all(part.isdecimal() and int(part) <= count for part in kept):
-        raise ValueError(f"--keep must be numbers of tokens in 0 ... {count}, got {text!r}")
-    return [int(part) for part in kept]
+def run(main: Callable):
+    """Calls a script's main; a mistake ends it with one line, and so does Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what cannot be printed
+        stream.reconfigure(errors="backslashreplace")
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except Mistake as error:
+        # The last line: an error in a data loader's process arrives with a traceback before it.
+        sys.exit(f"{name}: {str(error).splitlines()[-1].removeprefix('sample.Mistake: ')}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped; the same command goes on from what was saved")
 
 
-def newest_checkpoint(kinds: tuple, folder: str = "out") -> str:
-    """The checkpoint under `folder`, of one of the kinds, that was written last."""
-    paths = glob.glob(os.path.join(folder, "**", "last.pt"), recursive=True)
-    for path in sorted(paths, key=os.path.getmtime, reverse=True):
-        if read_file(path).get("kind") in kinds:
-            return path
-    raise FileNotFoundError(f"no checkpoint under {folder}/; train one, or give --ckpt FILE")
+# ---- Files ---------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def about(path: str):
+    """Makes an error of the operating system inside a Mistake that names the path."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise Mistake(f"{path}: {reason}") from None
 
 
-UNUSED = {  # flags that have no meaning in a mode
-    "stream": "steps", "prefix": "num", "npz": "out", "size": "ckpt tokenizer labels",
-    "reconstruct": "labels cfg temperature top_k top_p", "benchmark": "num out"}
+def write(path: str, save: Callable):
+    """Calls save(file); `path` holds the whole of what it wrote, or what was there before. Raises
+    Mistake, on a full disk say."""
+    partial = path + ".tmp"
+    try:
+        with about(path):
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            with open(partial, "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, checked as far as they can be without the model. Raises ValueError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", help="checkpoint of train_ar.py; default: the newest under out/")
-    parser.add_argument("--tokenizer", help="its tokenizer, for files that do not carry one")
-    parser.add_argument("--labels", default="", help="class numbers or names, a,b,c; default: all")
-    # torchrun, with some versions of Python, takes --num for a short form of its --numa-binding.
-    parser.add_argument("--num", "--num-images", type=int, help="number of images; default 100, "
-                        "with --stream one a label up to ten, with --reconstruct all")
-    parser.add_argument("--cfg", default="none", help="guidance START:END, a number, or none")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: most likely token")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the top share p")
-    parser.add_argument("--tokens", type=int, help="read only the first tokens; whole groups")
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the tokenizer's")
-    parser.add_argument("--solver", default="adams2", choices=["adams2", "euler"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=100, help="images at a time")
-    parser.add_argument("--out", default="out/samples.png", help="the picture to write")
-    parser.add_argument("--keep", default="", help="tokens of --prefix to keep, one row for each "
-                        "number; default: 1/8, 1/4 and 1/2 of them")
-    parser.add_argument("--size", choices=SIZES, help="random weights, for --benchmark")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--stream", action="store_true", help="write each preview as it comes")
-    mode.add_argument("--prefix", metavar="IMAGE", help="keep its first tokens")
-    mode.add_argument("--reconstruct", metavar="DIR", help="images to encode and decode")
-    mode.add_argument("--npz", metavar="FILE", help="write the images as uint8 arr_0, for fid.py")
-    mode.add_argument("--benchmark", action="store_true", help="print tokens and images a second")
-    args = parser.parse_args(argv)
-    for chosen, unused in UNUSED.items():
-        for flag in unused.split() if getattr(args, chosen) else ():
-            if getattr(args, flag) != parser.get_default(flag):
-                raise ValueError(f"--{flag.replace('_', '-')} has no meaning with --{chosen}")
-    if "RANK" in os.environ and not args.npz and not args.reconstruct:
-        raise ValueError("torchrun is for --npz and --reconstruct; use python otherwise")
-    if os.path.splitext(args.out)[1].lower() not in (".png", ".jpg", ".webp"):
-        raise ValueError(f"--out must end in .png, .jpg or .webp, got {args.out!r}")
-    args.cfg = parse_cfg(args.cfg)
-    for flag, least in (("num", 1), ("batch", 1), ("steps", 1), ("top_k", 0), ("seed", 0),
-                        ("temperature", 0)):
-        value = getattr(args, flag)
-        if value is not None and not value >= least:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
-    for flag, needed in (("keep", "prefix"), ("size", "benchmark")):
-        if getattr(args, flag) and not getattr(args, needed):
-            raise ValueError(f"--{flag} needs --{needed}")
-    return args
+def write_picture(path: str, image: Image.Image, **options):
+    """Writes a Pillow image in the format that the path's ending names."""
+    kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
+    write(path, lambda file: image.save(file, kind, **options))
 
 
-# ---- Model ---------------------------------------------------------------------------------------
+def reserve(*paths: str):
+    """Raises a Mistake where `write` could not write one of the paths."""
+    for path in paths:
+        for name in (path, path + ".tmp"):
+            if os.path.isdir(name):
+                raise Mistake(f"{name} is a folder, where a file is to be written; move it away")
+        with about(path):
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            open(path + ".tmp", "wb").close()
+            os.remove(path + ".tmp")
 
-def load_models(args, device) -> tuple[AR | None, Tokenizer, list[str]]:
-    """The models and the names of the classes; to reconstruct, the tokenizer only. Raises
-    FileNotFoundError and ValueError."""
-    if args.reconstruct:
-        args.ckpt = args.tokenizer or args.ckpt or newest_checkpoint(("ar", "tokenizer"))
-        return None, load_tokenizer(args.ckpt, device), []
-    if args.size:
-        tokenizer = Tokenizer(TOKENIZERS["toy" if args.size == "toy" else "paper"]).eval()
-        ar = AR(SIZES[args.size]).eval()
-        classes = [str(i) for i in range(ar.config.num_classes)]
-        return ar.to(device), tokenizer.to(device), classes
-    args.ckpt = args.ckpt or newest_checkpoint(("ar",))
-    classes = read_file(args.ckpt).get("classes")  # the authors' files name none
-    if classes:
-        parse_labels(args.labels, classes)  # mistakes come before the weights
-    tokenizer = load_tokenizer(args.tokenizer or args.ckpt, device)
-    ar = load_ar(args.ckpt, device, tokenizer.config.num_tokens)
-    if (ar.config.vocab_size, ar.config.num_tokens) != (tokenizer.config.codebook_size,
-                                                        tokenizer.config.num_tokens):
-        raise ValueError(f"the tokenizer has {tokenizer.config.num_tokens} tokens of "
-                         f"{tokenizer.config.codebook_size}, {args.ckpt} predicts "
-                         f"{ar.config.num_tokens} of {ar.config.vocab_size}")
-    return ar, tokenizer, classes or [str(i) for i in range(ar.config.num_classes)]
+
+@functools.cache  # the file stays open, and the lock with it
+def lock(folder: str):
+    """Keeps other runs out of a folder until this process ends, however it ends. Raises Mistake."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    with about(folder):
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, "lock"), "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of its loaders
+    except OSError:
+        raise Mistake(f"another run is at work in {folder}; wait for it, end it, or give another "
+                      "folder") from None
+    return file
+
+
+class LongArray:
+    """An array on disk that takes long to make: batch by batch, by all processes, and, where it was
+    killed, from there on.
+
+    In the folder `path`.part are rows.npy, the array, filled in place; settings.json; and a record
+    of each process, a line a finished batch: its number and the checksum of its rows. `todo` holds
+    the numbers of the rows of each batch that this process has yet to make. Raises Mistake where
+    the folder was begun with other settings.
+    """
+
+    def __init__(self, path: str, shape: tuple, dtype, batch: int, settings: dict):
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.folder, self.batch, self.rank = path + ".part", batch, rank
+        settings = json.loads(json.dumps({**settings, "shape": shape, "batch": batch}))
+        rows, note = (os.path.join(self.folder, name) for name in ("rows.npy", "settings.json"))
+        if rank == 0:
+            lock(self.folder)
+            with about(self.folder):
+                if not os.path.exists(note):
+                    np.lib.format.open_memmap(rows, "w+", dtype, shape)
+                    write(note, lambda file: file.write(json.dumps(settings).encode()))
+        wait()
+        try:
+            with open(note) as file:
+                begun = json.load(file)
+            self.rows = np.lib.format.open_memmap(rows, "r")
+            if (self.rows.shape, self.rows.dtype) != (shape, dtype) or not isinstance(begun, dict):
+                raise ValueError
+        except (OSError, ValueError):
+            raise Mistake(f"{self.folder} is damaged; remove it to begin anew") from None
+        if begun != settings:
+            other = [name for name in settings if begun.get(name) != settings[name]]
+            raise Mistake(f"{self.folder} was begun with other settings ({', '.join(other)}); go "
+                          "on with the same ones, or remove it")
+        done = self.done()
+        batches = [range(shape[0])[i:i + batch] for i in range(0, shape[0], batch)]
+        self.todo = [numbers for i, numbers in enumerate(batches) if i % world == rank
+                     and done.get(i) != zlib.crc32(self.rows[numbers.start:numbers.stop])]
+        wait()  # until all know their share
+        self.file, self.record = open(rows, "r+b"), open(f"{self.folder}/done.{rank}", "a")
+        self.made, self.began, self.shown = 0, time.time(), time.time()
+
+    def done(self) -> dict[int, int]:
+        """Numbers and checksums of the batches that are recorded as finished."""
+        lines = []
+        for path in glob.glob(glob.escape(self.folder) + "/done.*"):
+            with open(path, errors="replace") as file:
+                lines += re.findall(r"^(\d+) (\d+)\n", file.read(), re.MULTILINE)
+        return {int(number): int(checksum) for number, checksum in lines}
+
+    def fill(self, numbers: range, rows: np.ndarray):
+        """Writes the rows (n, ...) of one batch of `todo`, and how far this process is."""
+        rows = np.ascontiguousarray(rows, self.rows.dtype)
+        with about(self.folder):
+            self.file.seek(self.rows.offset + numbers.start * rows[:1].nbytes)
+            self.file.write(rows)
+            self.file.flush()
+            self.record.write(f"{numbers.start // self.batch} {zlib.crc32(rows)}\n")
+            self.record.flush()
+        self.made += len(rows)
+        total = sum(map(len, self.todo))
+        if self.rank == 0 and (time.time() > self.shown + 10 or self.made == total):
+            self.shown, rate = time.time(), self.made / (time.time() - self.began)
+            print(f"{self.made:,} of {total:,} images of this process, {rate:.1f} images/s, "
+                  f"{(total - self.made) / rate / 60:.1f} min left", flush=True)
+
+    def close(self):
+        """Waits for all processes, whose batches then are all there."""
+        self.file.close()
+        self.record.close()
+        wait()
+
+
+def write_npz(path: str, array: LongArray):
+    """Writes a finished array as arr_0, and removes its folder."""
+    def save(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.write(os.path.join(array.folder, "rows.npy"), "arr_0.npy")
+    write(path, save)
+    shutil.rmtree(array.folder)
+
+
+# ---- Pixels --------------------------------------------------------------------------------------
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@contextlib.contextmanager
+def reading(path: str):
+    """Makes whatever error decoding raises a Mistake that names the file."""
+    try:
+        yield
+    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, bombs, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Mistake(f"{path} cannot be read as an image ({reason})") from None
+
+
+def open_image(path: str) -> Image.Image:
+    """The image in a file, not decoded yet. Raises Mistake."""
+    if not os.path.isfile(path):
+        raise Mistake(f"no image at {path}")
+    with reading(path):
+        image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP"))  # others run programs
+        if image.width * image.height > 1e8 or max(image.size) > 50 * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        return image
+
+
+def read_image(path: str, size: int) -> Image.Image:
+    """The image in a file in RGB; a JPEG more than twice as large as `size` pixels is decoded at a
+    fraction. EXIF turns are ignored, as is custom on ImageNet. Raises Mistake."""
+    image = open_image(path)
+    with reading(path):
+        image.draft("RGB", (2 * size,) * 2)
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = Image.fromarray((np.array(image) / 256).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
+    pixels = np.array(image.convert("RGB"), dtype=np.float32)                # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1], rounded as ADM's samples are."""
+    pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def psnr(decoded: Tensor, images: Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of decoded images (B, 3, H, W) in [-1, 1], clipped."""
+    error = (decoded.clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4       # pixels in [0, 1]
+    return (-10 * error.log10()).mean().item()
+
+
+def resize_shorter(image: Image.Image, size: int) -> Image.Image:
+    """Resizes so that the shorter side is `size` pixels, as ADM does: boxes, then bicubic."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)),
+                        Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centred square of size x size pixels, the shorter side resized to `size`. ADM's crop."""
+    image = resize_shorter(image.convert("RGB"), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def image_grid(images: Tensor, columns: int) -> Image.Image:
+    """One picture of images (B, 3, H, W) in rows of `columns`, 2 pixels apart on white; images
+    narrower than 64 pixels are enlarged by a whole factor that keeps them within 64."""
+    zoom = max(1, 64 // images.shape[-1])
+    pixels = to_uint8(images).repeat(zoom, 1).repeat(zoom, 2)                # (B, H, W, 3)
+    count, height, width = pixels.shape[:3]
+    rows = -(-count // columns)
+    grid = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, np.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = i // columns * (height + 2), i % columns * (width + 2)
+        grid[top:top + height, left:left + width] = picture
+    return Image.fromarray(grid)
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+class _ReleasedSettings:
+    """Stands for the class config_util.Config of the authors' files; its plain dict is `_data`."""
+
+
+def read_file(path: str) -> dict:
+    """The dict in a checkpoint. Nothing is unpickled but tensors, plain data and the authors' two
+    classes of settings; its checksums tell damage. Raises Mistake."""
+    if not os.path.isfile(path):
+        raise Mistake(f"no checkpoint at {path}")
+    allowed = [argparse.Namespace, (_ReleasedSettings, "config_util.Config")]
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum does not agree")
+        with torch.serialization.safe_globals(allowed):
+            saved = torch.load(path, "cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # torch and zipfile raise many kinds
+        found = re.search(r"(?:GLOBAL |class )([\w.]+)", str(error))
+        reason = f"it holds an object of {found[1]}" if found else "damaged, or another format"
+        raise Mistake(f"{path} is no readable checkpoint: {reason}") from None
+    if not isinstance(saved, dict):
+        raise Mistake(f"{path} is no checkpoint: it holds no dict")
+    return saved
+
+
+def check_weights(weights, source: str):
+    """Raises a Mistake unless `weights` are tensors of finite numbers, each under its name."""
+    if not isinstance(weights, dict) or not weights:
+        raise Mistake(f"{source} holds no weights")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise Mistake(f"{source} holds no weights: {name!r} is no tensor with a name")
+        if not value.isfinite().all():
+            raise Mistake(f"{source}: {name} is not finite")
+
+
+def read_checkpoint(path: str, kind: str, need: dict[str, type] = {}) -> dict:
+    """The content of a checkpoint of ours, or of the authors' in the same form; `kind` "tokenizer"
+    also finds the tokenizer in one of kind "ar". Raises a Mistake that names what does not fit, or
+    what is not there of `need`: keys and their types."""
+    saved = read_file(path)
+    saved = saved if "kind" in saved else translate(saved, path)
+    if kind == "tokenizer" and saved["kind"] == "ar":
+        if not isinstance(saved.get("tokenizer"), dict):
+            raise Mistake(f"{path} carries no tokenizer; give --tokenizer FILE")
+        saved = saved["tokenizer"]
+    if saved.get("kind") != kind:
+        raise Mistake(f"{path} is not a checkpoint of kind {kind!r} (found: {saved.get('kind')!r})")
+    need = {"config": dict, "model": dict, **({"classes": list} if kind == "ar" else {}), **need}
+    for key, expected in need.items():
+        if not isinstance(saved.get(key), expected):
+            raise Mistake(f"{path} is damaged: {key} is missing, or not of type "
+                          f"{expected.__name__}")
+    check_weights(saved["model"], f"{path}, model")
+    if saved.get("ema") is not None:
+        check_weights(saved["ema"], f"{path}, ema")
+    if kind == "ar" and [*map(type, saved["classes"])] != [str] * saved["config"]["num_classes"]:
+        raise Mistake(f"{path} is damaged: classes are not the names of config's num_classes")
+    return saved
+
+
+def rebuild(model_class, config_class, saved: dict, path: str, device) -> nn.Module:
+    """The model in a checkpoint's content, with averaged weights if there are any, in eval mode.
+    Raises a Mistake that lists the tensors that do not fit."""
+    config = build(config_class, saved["config"], path)
+    with torch.device("meta"):  # takes no memory before all is known to fit
+        model = model_class(config)
+    weights = saved.get("ema") or saved["model"]
+    try:
+        model.load_state_dict({name: value.to(device, torch.float32, copy=True)
+                               for name, value in weights.items()}, assign=True)
+    except RuntimeError as error:  # missing, surplus and misshapen tensors
+        raise Mistake(f"{path} does not fit: {' '.join(str(error).split())}") from None
+    return model.eval()
+
+
+def load_tokenizer(path: str, device="cpu") -> Tokenizer:
+    """The tokenizer in a checkpoint of train_tokenizer.py or train_ar.py, or in one of the authors'
+    files (D-AR-tokenizer_v1.pt, bare state dicts). Raises Mistake."""
+    return rebuild(Tokenizer, TokenizerConfig, read_checkpoint(path, "tokenizer"), path, device)
+
+
+def load_ar(path: str, device="cpu", num_tokens: int = 256) -> AR:
+    """The model in a checkpoint of train_ar.py, or in one of the authors' files (D-AR-L-360K.pt,
+    D-AR-XL-360K.pt, bare state dicts), which do not tell `num_tokens`. Raises Mistake."""
+    saved = read_checkpoint(path, "ar")
+    saved["config"].setdefault("num_tokens", num_tokens)
+    return rebuild(AR, ARConfig, saved, path, device)
+
+
+def pack(kind: str, model: nn.Module) -> dict:
+    """What a checkpoint needs to rebuild a model."""
+    return {"kind": kind, "config": asdict(model.config), "model": model.state_dict()}
+
+
+def save_checkpoint(path: str, checkpoint: dict):
+    """Writes a checkpoint; the one at `path` moves to `path`.previous. Raises a Mistake where the
+    weights are not finite, or on a full disk, say; what was saved before then is whole."""
+    try:
+        for part in ("model", "ema"):
+            if checkpoint.get(part):
+                check_weights(checkpoint[part], part)
+        write(path + ".new", lambda file: torch.save(checkpoint, file))
+    except (Mistake, RuntimeError) as error:  # of torch, on a full disk
+        raise Mistake(f"nothing was saved at step {checkpoint.get('step')}: "
+                      f"{str(error).splitlines()[0]}; {path} is from before, and whole") from None
+    with about(path):
+        if os.path.exists(path):
+            os.replace(path, path + ".previous")
+        os.replace(path + ".new", path)
+
+
+def fingerprint(*models: nn.Module) -> str:
+    """A digest of all weights."""
+    digest = hashlib.sha256()
+    for model in models:
+        for value in model.state_dict().values():
+            digest.update(value.cpu().numpy())
+    return digest.hexdigest()
+
+
+# ---- The authors' files --------------------------------------------------------------------------
+
+TOKENIZER_NAMES = (  # a tensor's name in the authors' files -> ours: these replacements, in order
+    ("encoder_layers.", "encoder.blocks."), ("patchify.", "encoder.from_pixels."),
+    ("query_embedding.weight", "encoder.query_table"), ("query_linear.", "encoder.query_up."),
+    ("quant_in_conv.", "encoder.to_code."), ("quantize.embedding.weight", "quantizer.codebook"),
+    ("quant_out_conv.", "decoder.from_code."), ("decoder_embedding.weight", "decoder.positions"),
+    ("decoder_layers.", "decoder.blocks."), ("diff_decoder.net.repa_out.", "repa_head.layers."),
+    ("diff_decoder.net.cond_mlp.", "diffusion.from_cond."),
+    ("diff_decoder.net.conv_in.", "diffusion.from_pixels."),
+    ("diff_decoder.net.conv_out.", "diffusion.to_pixels."),
+    ("diff_decoder.net.blocks.", "diffusion.blocks."), (".cross_attn.", ".cross_attention."),
+    (".proj.", ".out."), (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.2."),
+    (".time_embed.mlp.", ".time_mlp."), (".cond_embed.", ".cond_mlp."),
+    (".adaLN_modulation.1.", ".modulation."))
+AR_NAMES = (
+    ("cls_embedding.embedding_table.", "class_embedding."), ("tok_embeddings.", "token_embedding."),
+    ("layers.", "blocks."), (".wqkv.", ".qkv."), (".wo.", ".out."), ("output.", "head."),
+    ("feed_forward.w1.", "ffn.gate."), ("feed_forward.w3.", "ffn.up."),
+    ("feed_forward.w2.", "ffn.down."))
+
+RELEASED_SHAPES = {  # our field: a tensor of ours, and its axis of that size
+    "codebook_size": ("quantizer.codebook", 0), "code_dim": ("quantizer.codebook", 1),
+    "encoder_width": ("encoder.query_up.weight", 0), "query_rank": ("encoder.query_table", 1),
+    "max_tokens": ("encoder.query_table", 0), "decoder_width": ("decoder.from_code.weight", 0),
+    "diffusion_width": ("diffusion.from_pixels.weight", 0),
+    "head_dim": ("diffusion.blocks.0.attention.q_norm.weight", 0),
+    "repa_hidden": ("repa_head.layers.0.weight", 0), "repa_dim": ("repa_head.layers.4.weight", 0)}
+RELEASED_SETTINGS = {  # a setting's name in the authors' files: our field
+    "sampling_resolution": "image_size", "num_all_queries": "num_tokens",
+    "num_query_groups": "num_groups", "queries_per_step": "group_size",
+    "num_denoising_steps": "num_steps", "vq_codebook_size": "codebook_size", "vq_dim": "code_dim",
+    "encoder_patch_size": "patch_size", "encoder_dim": "encoder_width",
+    "num_encoder_layers": "encoder_depth", "decoder_dim": "decoder_width",
+    "num_decoder_layers": "decoder_depth", "diff_decoder.dim": "diffusion_width",
+    "diff_decoder.cond_dim": "decoder_width", "diff_decoder.depth": "diffusion_depth",
+    "diff_decoder.patch_size": "diffusion_patch", "diff_decoder.data_std": "sigma",
+    "diff_decoder.time_shift": "beta"}
+RELEASED_FIXED = {  # settings of theirs that have one value here
+    "vq_enable": True, "query_low_rank": True, "rope_base_len": 10000, "output_resolution": 0,
+    "diff_decoder.in_dim": 3, "diff_decoder.out_dim": 3, "diff_decoder.mlp_head": False,
+    "diff_decoder.share_time_encoding": False, "diff_decoder.rope_base_len": 10000}
+RELEASED_OTHER = {"diff_decoder.cfg", "diff_decoder.grad_checkpointing", "diff_decoder.repa_layer"}
+
+
+def translate(saved: dict, source: str) -> dict:
+    """One of the authors' files, of either kind, as `read_checkpoint` gives ours. The averaged
+    weights (`ema`) come first; 1 x 1 and patch convolutions become linear layers."""
+    part = next((key for key in ("ema", "model", "module", "state_dict") if saved.get(key)), None)
+    check_weights(found := saved[part] if part else saved, source)
+    found = {name.replace("_orig_mod.", "").removeprefix("module."): value
+             for name, value in found.items()}
+    kind = "ar" if "tok_embeddings.weight" in found else "tokenizer"
+    weights = {}
+    for name, value in found.items():
+        if value.ndim == 4 and (name == "patchify.weight" or value.shape[2:] == (1, 1)):
+            value = value.flatten(1)
+        for theirs, ours in AR_NAMES if kind == "ar" else TOKENIZER_NAMES:
+            name = name.replace(theirs, ours)
+        weights[name] = value
+    if kind == "ar":
+        config = released_ar_config(weights, source)
+        classes = [str(i) for i in range(config["num_classes"])]
+        return {"kind": kind, "config": config, "model": weights, "classes": classes}
+    weights.pop("quantize.codebook_used", None)  # a counter of training
+    config = released_tokenizer_config(saved, weights, source)
+    return {"kind": kind, "config": config, "model": weights}
+
+
+def released_ar_config(weights: dict, source: str) -> dict:
+    """Settings of `ARConfig` of translated weights, but for num_tokens; heads are 64 wide."""
+    tokens, classes = (weights.get(f"{name}_embedding.weight") for name in ("token", "class"))
+    if any(table is None or table.ndim != 2 for table in (tokens, classes)):
+        raise Mistake(f"{source} is no autoregressive model: it needs two tables of embeddings")
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return {"depth": depth, "width": tokens.shape[1], "heads": max(tokens.shape[1] // 64, 1),
+            "vocab_size": len(tokens), "num_classes": len(classes) - 1}
+
+
+def released_tokenizer_config(saved: dict, weights: dict, source: str) -> dict:
+    """Settings of `TokenizerConfig` of translated weights: from their shapes, else from the file's
+    settings, else those of the released model. Refuses by name settings that are not supported."""
+    def plain(value) -> dict:  # of a dict, a namespace, the authors' Config or None
+        value = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        return value.get("_data", value)
+
+    settings = plain(saved.get("config"))
+    settings = dict(settings.get("model", settings))
+    inner = plain(settings.pop("diff_decoder", None))
+    settings.update({f"diff_decoder.{name}": value for name, value in inner.items()})
+    config = {"image_size": plain(saved.get("args")).get("image_size", 256)}
+    if inner:  # the release's own defaults where its configuration is silent
+        config.update(sigma=1.0, beta=1.0)
+    config.update({ours: settings[theirs] for theirs, ours in RELEASED_SETTINGS.items()
+                   if theirs in settings and ours != "group_size"})
+    for field, (name, axis) in RELEASED_SHAPES.items():
+        if name in weights and weights[name].ndim > axis:
+            config[field] = weights[name].shape[axis]
+    for field, part in (("patch_size", "encoder"), ("diffusion_patch", "diffusion")):
+        if f"{part}.from_pixels.weight" in weights:
+            config[field] = math.isqrt(weights[f"{part}.from_pixels.weight"].shape[-1] // 3)
+    for part in ("encoder", "decoder", "diffusion"):
+        config[f"{part}_depth"] = len({name.split(".")[2] for name in weights
+                                       if name.startswith(f"{part}.blocks.")})
+    # The REPA head is kept where a block follows it; only training reads it.
+    tap = settings.get("diff_decoder.repa_layer", 8)
+    config["repa_depth"] = min(tap, max(config["diffusion_depth"] - 1, 0))
+    if "repa_head.layers.0.weight" not in weights:
+        config["repa_depth"] = 0
+    if config["repa_depth"] == 0:
+        for name in [name for name in weights if name.startswith("repa_head.")]:
+            del weights[name]
+
+    tokenizer = build(TokenizerConfig, config, source)
+    supported = {**RELEASED_FIXED, **{theirs: getattr(tokenizer, ours)
+                                      for theirs, ours in RELEASED_SETTINGS.items()}}
+    for name, value in settings.items():
+        if name not in RELEASED_OTHER and (name not in supported or supported[name] != value):
+            raise Mistake(f"{source}: the setting {name} = {value!r} is not supported"
+                          + f", only {supported[name]!r}" * (name in supported))
+    return config
+
+
+# ---- Processes and seeds -------------------------------------------------------------------------
+
+class Purpose(IntEnum):
+    """What random numbers are for; with the run's seed, it keeps them apart."""
+    ORDER = 1        # of training images in an epoch
+    CROP = 2         # of a training image
+    EVALUATION = 3   # noise of pictures in training
+    TIMES = 4        # u of a training step
+    NOISE = 5        # x0 of a training image
+    RESEED = 6       # of codebook rows
+    NULL_CLASS = 7   # labels that give way to it in a training step
+    START = 8        # x0 of a sample
+    TOKENS = 9       # of a sample
+    LABELS = 10      # order of the labels of many samples
+    VIEW = 11        # which stored crop of a training image
+    DROPOUT = 12     # of a training step
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that is a function of the numbers: (seed, purpose, step), say."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seeded(*numbers: int, device="cpu") -> torch.Generator:
+    """A random generator that is a function of the numbers."""
+    return torch.Generator(device).manual_seed(seed_of(*numbers))
+
+
+def noise_of(seed: int, purpose: Purpose, numbers: Iterable[int], shape: tuple, device) -> Tensor:
+    """Standard normal noise (n, *shape), row i a function of (seed, purpose, numbers[i])."""
+    return torch.stack([torch.randn(shape, device=device, generator=seeded(seed, purpose, number,
+                                                                           device=device))
+                        for number in numbers])
+
+
+def join_processes() -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device of this process, started by torchrun or plain python."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    # Processes wait for one another when one has done its share of the tokens long before.
+    on_gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(**{"backend": "gloo", "timeout": timedelta(hours=1), **on_gpu})
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def wait():
+    """Until all processes are here, where there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def peak_memory() -> float:
+    """The most memory in GB that this process has held, on its GPU if it uses one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def count_flops(call: Callable) -> int:
+    """Floating-point operations of a call."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+# ---- From labels to images -----------------------------------------------------------------------
+
+def each_under(context: Callable, items: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The items, each made under a context, which the reader between them does not see."""
+    items = iter(items)
+    while True:
+        with context():
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
 
 
 class Pipeline:
@@ -172,46 +764,49 @@ class Pipeline:
     autocast with compiled blocks.
     """
 
-    def __init__(self, ar: AR | None, tokenizer: Tokenizer, args, batch: int,
+    def __init__(self, ar: AR | None, tokenizer: Tokenizer, config: SampleConfig, batch: int,
                  device: torch.device):
-        config, self.on_gpu = tokenizer.config, device.type == "cuda"
+        settings, self.on_gpu = tokenizer.config, device.type == "cuda"
         if self.on_gpu:
             for block in tokenizer.diffusion.blocks:
                 block.compile(dynamic=False)
-        self.tokenizer, self.args, self.batch, self.device = tokenizer, args, batch, device
-        self.group = config.num_tokens // config.num_groups                  # tokens a group
-        tokens = config.num_tokens if args.tokens is None else args.tokens
-        if tokens % self.group or not 0 < tokens <= config.num_tokens:
-            raise ValueError(f"--tokens must be a multiple of {self.group} in {self.group} ... "
-                             f"{config.num_tokens}, got {tokens}")
-        self.groups = tokens // self.group
+        self.tokenizer, self.config, self.batch, self.device = tokenizer, config, batch, device
+        self.group_size = settings.group_size
+        tokens = config.tokens or settings.num_tokens
+        if tokens % self.group_size or tokens > settings.num_tokens:
+            raise Mistake(f"--tokens must be a multiple of {self.group_size}, up to "
+                          f"{settings.num_tokens}; got {tokens}")
+        self.groups = tokens // self.group_size
         if ar is not None:
-            if self.on_gpu:  # but not the buffer, which holds the rotation
-                for parameter in ar.parameters():
-                    parameter.data = parameter.data.bfloat16()
-            self.sampler = Sampler(ar, batch, args.cfg, args.temperature, args.top_k, args.top_p,
-                                   self.group, compiled=self.on_gpu)
+            ar = ar.bfloat16() if self.on_gpu else ar
+            self.sampler = Sampler(ar, batch, parse_cfg(config.cfg), config.temperature,
+                                   config.top_k, config.top_p, self.group_size, self.on_gpu)
 
     def pad(self, items: list) -> list:
         """The items, the last one repeated up to a whole batch: all batches have one shape."""
-        return items + [items[-1]] * (self.batch - len(items))
+        return [*items] + [items[-1]] * (self.batch - len(items))
+
+    def autocast(self, enabled: bool = True):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled and self.on_gpu)
 
     def noise(self, numbers: list[int]) -> Tensor:
         size = self.tokenizer.config.image_size
-        return noise_of(self.args.seed, 8, numbers, (3, size, size), self.device)
+        return noise_of(self.config.seed, Purpose.START, numbers, (3, size, size), self.device)
 
     def token_groups(self, numbers: list[int], labels: list[int],
                      prefix: Tensor | None = None) -> Iterator[Tensor]:
         """Tokens (batch, N/K) of a whole batch, group by group, after prefix (batch, n)."""
-        keys = torch.tensor([seed_of(self.args.seed, 9, number) for number in numbers])
-        tokens = self.sampler.stream(torch.tensor(labels, device=self.device), prefix, keys)
+        count = self.tokenizer.config.num_tokens
+        uniforms = torch.stack([torch.rand(count, generator=seeded(self.config.seed, Purpose.TOKENS,
+                                                                   number)) for number in numbers])
+        tokens = self.sampler.chunks(torch.tensor(labels, device=self.device), prefix, uniforms)
         return islice(tokens, self.groups)
 
     def decode(self, numbers: list[int], tokens: Tensor) -> Tensor:
         """Images of tokens (batch, n) of a whole batch."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu):
-            return self.tokenizer.decode(tokens, self.noise(numbers), self.args.steps,
-                                         self.args.solver, self.groups)
+        with self.autocast():
+            return self.tokenizer.decode(tokens, self.noise(numbers), self.config.steps or None,
+                                         self.config.solver, self.groups)
 
     def images(self, numbers: list[int], labels: list[int],
                prefix: Tensor | None = None) -> Tensor:
@@ -223,189 +818,131 @@ class Pipeline:
         return self.decode(numbers, tokens)[:count]
 
     def previews(self, numbers: list[int], labels: list[int]) -> Iterator[Tensor]:
-        """Images after each group of tokens of a whole batch, while the next group is drawn."""
-        tokens = self.token_groups(numbers, labels)
-        if self.on_gpu:
-            tokens = on_own_stream(tokens)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu):
-            yield from self.tokenizer.stream(tokens, self.noise(numbers), self.args.solver,
-                                             self.groups)
+        """Images after each group of tokens of a whole batch, as soon as they are drawn."""
+        tokens = each_under(lambda: self.autocast(False), self.token_groups(numbers, labels))
+        return each_under(self.autocast, self.tokenizer.stream(
+            tokens, self.noise(numbers), self.config.solver, self.groups))
 
     def wait(self):
         if self.on_gpu:
             torch.cuda.synchronize()
 
 
-def on_own_stream(items: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same items, made one ahead on a stream of their own, while the reader works on the one
-    before, and outside its autocast."""
-    stream, reader = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(reader)
+# ---- The modes -----------------------------------------------------------------------------------
 
-    def launch() -> tuple[Tensor | None, torch.cuda.Event]:
-        with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
-            return next(items, None), stream.record_event()
-
-    item, made = launch()
-    while item is not None:
-        following = launch()
-        reader.wait_event(made)
-        item.record_stream(reader)
-        yield item
-        item, made = following
-
-
-# ---- Pictures ------------------------------------------------------------------------------------
-
-def write_grid(pipeline: Pipeline, args, labels: list[int], count: int):
+def write_grid(pipeline: Pipeline, config: SampleConfig, labels: list[int], count: int):
     """A grid of samples, labels in turn; one column a label where there are at most ten."""
-    todo = [labels[i % len(labels)] for i in range(count)]
-    images = torch.cat([pipeline.images([*range(first, min(first + pipeline.batch, count))],
-                                        todo[first:first + pipeline.batch])
-                        for first in range(0, count, pipeline.batch)])
+    todo, batch = [labels[i % len(labels)] for i in range(count)], pipeline.batch
+    images = torch.cat([pipeline.images([*range(count)][first:first + batch],
+                                        todo[first:first + batch])
+                        for first in range(0, count, batch)])
     columns = len(labels) if 1 < len(labels) <= 10 else 10
-    image_grid(images, min(columns, count)).save(args.out)
-    print(args.out)
+    write_picture(config.out, image_grid(images, min(columns, count)))
+    print(config.out)
 
 
-def write_stream(pipeline: Pipeline, args, labels: list[int]):
+def write_stream(pipeline: Pipeline, config: SampleConfig, labels: list[int]):
     """Each preview as it comes; then a picture of all (rows: samples, columns: previews), an
     animation, and the last preview as --out."""
-    stem, count = os.path.splitext(args.out)[0], pipeline.batch
+    stem, count = os.path.splitext(config.out)[0], pipeline.batch
     todo = [labels[i % len(labels)] for i in range(count)]
     previews, frames = [], []
     for images in pipeline.previews([*range(count)], todo):
         previews.append(images)
         frames.append(image_grid(images, min(10, count)))
-        frames[-1].save(f"{stem}_{len(frames) * pipeline.group:03d}.png")
-        print(f"{stem}_{len(frames) * pipeline.group:03d}.png", flush=True)
-    image_grid(torch.stack(previews, 1).flatten(0, 1), len(previews)).save(f"{stem}_steps.png")
-    frames[0].save(f"{stem}.gif", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[400] * (len(frames) - 1) + [1600])
-    frames[-1].save(args.out)
-    print(f"{stem}_steps.png\n{stem}.gif\n{args.out}")
+        path = f"{stem}_{len(frames) * pipeline.group_size:03d}.png"
+        write_picture(path, frames[-1])
+        print(path, flush=True)
+    steps = image_grid(torch.stack(previews, 1).flatten(0, 1), len(previews))
+    write_picture(f"{stem}_steps.png", steps)
+    write_picture(f"{stem}.gif", frames[0], save_all=True, append_images=frames[1:], loop=0,
+                  duration=[400] * (len(frames) - 1) + [1600])
+    write_picture(config.out, frames[-1])
+    print(f"{stem}_steps.png\n{stem}.gif\n{config.out}")
 
 
-def write_layouts(pipeline: Pipeline, args, labels: list[int], reference: Tensor):
+def write_layouts(pipeline: Pipeline, config: SampleConfig, labels: list[int], kept: list[int],
+                  reference: Tensor):
     """Layout control: the first tokens of the reference image (3, H, W), in the first column, are
     kept, a number of them for each row; the others are drawn, for one label a column."""
-    if len(labels) > pipeline.batch:
-        raise ValueError(f"--prefix draws a row at a time; give up to {pipeline.batch} --labels")
     reference = reference.to(pipeline.device)
     tokens, rows = pipeline.tokenizer.encode(reference[None])[0], []         # (N,)
-    for kept in args.keep:
-        images = pipeline.images([*range(len(labels))], labels, tokens[:kept])
+    for number in kept:
+        images = pipeline.images([*range(len(labels))], labels, tokens[:number])
         rows.append(torch.cat([reference[None], images]))
-    image_grid(torch.cat(rows), 1 + len(labels)).save(args.out)
-    print(f"{args.out}: rows keep {', '.join(map(str, args.keep))} of {len(tokens)} tokens; "
+    write_picture(config.out, image_grid(torch.cat(rows), 1 + len(labels)))
+    print(f"{config.out}: rows keep {', '.join(map(str, kept))} of {len(tokens)} tokens; "
           "the first column is the reference")
 
 
-# ---- Many images ---------------------------------------------------------------------------------
-
-def write_npz(path: str, parts: Iterator[np.ndarray], count: int):
-    """One array arr_0 (count, ...) uint8 of parts (n, ...), which are held one at a time."""
-    with zipfile.ZipFile(path + ".tmp", "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            write_array(file, parts, count)
-    os.replace(path + ".tmp", path)
-
-
-def write_samples(pipeline: Pipeline, args, labels: list[int], count: int, rank: int):
+def write_samples(pipeline: Pipeline, config: SampleConfig, labels: list[int], count: int,
+                  rank: int, weights: str):
     """`--npz`: each label equally often, in another order in each turn of all labels."""
-    seconds = {"AR": 0.0, "decoder": 0.0}
-
     def label(number: int) -> int:
         turn, place = divmod(number, len(labels))
-        return labels[np.random.default_rng((args.seed, 10, turn)).permutation(len(labels))[place]]
+        rng = np.random.default_rng((config.seed, Purpose.LABELS, turn))
+        return labels[rng.permutation(len(labels))[place]]
 
-    def make(todo: list[list[int]]) -> Iterator[np.ndarray]:
-        for numbers in todo:
-            began, padded = time.time(), pipeline.pad(numbers)
-            groups = pipeline.token_groups(padded, [label(number) for number in padded])
-            tokens = torch.cat([*groups], 1)
-            pipeline.wait()
-            drawn = time.time()
-            pixels = to_uint8(pipeline.decode(padded, tokens)[:len(numbers)])
-            seconds["AR"] += drawn - began
-            seconds["decoder"] += time.time() - drawn
-            yield pixels
-
-    def rate(made: int) -> str:
-        return "a process: " + ", ".join(f"{name} {made / spent:.1f} images/s"
-                                         for name, spent in seconds.items())
-
-    folder = args.npz + ".parts"
-    settings = {"seed": args.seed, "labels": labels, "cfg": args.cfg and list(args.cfg),
-                "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-                "groups": pipeline.groups, "steps": args.steps, "solver": args.solver,
-                "device": pipeline.device.type, "weights": digest(args.ckpt, args.tokenizer)}
-    make_parts(folder, count, pipeline.batch, settings, make, rate)
+    size = pipeline.tokenizer.config.image_size
+    settings = {"seed": config.seed, "labels": labels, "cfg": parse_cfg(config.cfg),
+                "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
+                "groups": pipeline.groups, "steps": config.steps, "solver": config.solver,
+                "device": pipeline.device.type, "weights": weights}
+    array = LongArray(config.npz, (count, size, size, 3), np.uint8, pipeline.batch, settings)
+    for numbers in array.todo:
+        array.fill(numbers, to_uint8(pipeline.images([*numbers], [*map(label, numbers)])))
+    array.close()
     if rank == 0:
-        write_npz(args.npz, read_parts(folder), count)
-        shutil.rmtree(folder)
-        print(args.npz)
-
-
-def digest(*paths: str | None) -> str:
-    """Of what is in the files."""
-    value = hashlib.sha256()
-    for path in filter(None, paths):
-        with open(path, "rb") as file:
-            value.update(hashlib.file_digest(file, "sha256").digest())
-    return value.hexdigest()
+        write_npz(config.npz, array)
+        print(config.npz)
 
 
 def find_images(root: str) -> list[str]:
-    """Paths of all images under a folder, in sorted order. Raises FileNotFoundError and, also for a
-    file that is no image, ValueError."""
+    """Paths of all images under a folder, in sorted order. Raises a Mistake where there are none,
+    or one cannot be read."""
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"no folder {root}; give --reconstruct DIR")
+        raise Mistake(f"no folder {root}; give --reconstruct DIR")
     paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root)
                    for name in names if name.lower().endswith(IMAGE_ENDINGS))
     if not paths:
-        raise ValueError(f"no images in {root}: endings must be {', '.join(IMAGE_ENDINGS)}")
+        raise Mistake(f"no images in {root}: endings must be {', '.join(IMAGE_ENDINGS)}")
     for path in paths:
         open_image(path).close()
     return paths
 
 
-def write_reconstructions(pipeline: Pipeline, args, paths: list[str], rank: int):
+def write_reconstructions(pipeline: Pipeline, config: SampleConfig, paths: list[str], rank: int,
+                          weights: str):
     """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
-    stem, size = os.path.splitext(args.out)[0], pipeline.tokenizer.config.image_size
-    began, names = time.time(), [f"{stem}_originals.npz", f"{stem}_reconstructions.npz"]
-
-    def make(todo: list[list[int]]) -> Iterator[np.ndarray]:
-        for numbers in todo:
-            images = torch.stack([to_tensor(center_crop(read_image(paths[number], size), size))
-                                  for number in pipeline.pad(numbers)]).to(pipeline.device)
-            decoded = pipeline.decode(pipeline.pad(numbers), pipeline.tokenizer.encode(images))
-            yield np.stack([to_uint8(images), to_uint8(decoded)], 1)[:len(numbers)]
-
-    def rate(made: int) -> str:
-        return f"a process: {made / (time.time() - began):.1f} images/s"
-
-    folder = stem + ".parts"
-    settings = {"seed": args.seed, "groups": pipeline.groups, "steps": args.steps,
-                "solver": args.solver, "device": pipeline.device.type, "images": paths,
-                "weights": digest(args.ckpt)}
-    make_parts(folder, len(paths), pipeline.batch, settings, make, rate)
+    stem, size = os.path.splitext(config.out)[0], pipeline.tokenizer.config.image_size
+    settings = {"seed": config.seed, "groups": pipeline.groups, "steps": config.steps,
+                "solver": config.solver, "device": pipeline.device.type, "images": paths,
+                "weights": weights}
+    names, shape = (f"{stem}_originals.npz", f"{stem}_reconstructions.npz"), (size, size, 3)
+    originals, decoded = (LongArray(name, (len(paths), *shape), np.uint8, pipeline.batch, settings)
+                          for name in names)
+    for numbers in decoded.todo:
+        images = [to_tensor(center_crop(read_image(paths[number], size), size))
+                  for number in numbers]
+        images = torch.stack(pipeline.pad(images)).to(pipeline.device)
+        tokens, count = pipeline.tokenizer.encode(images), len(numbers)
+        originals.fill(numbers, to_uint8(images)[:count])
+        decoded.fill(numbers, to_uint8(pipeline.decode(pipeline.pad(numbers), tokens))[:count])
+    originals.close()
+    decoded.close()
     if rank == 0:
-        total = 0.0
-        for i, name in enumerate(names):
-            write_npz(name, (part[:, i] for part in read_parts(folder)), len(paths))
-        for part in read_parts(folder):                                      # (n, 2, H, W, 3)
-            both = torch.from_numpy(part).permute(1, 0, 4, 2, 3) / 127.5 - 1
-            total += psnr(both[1], both[0]) * len(part)
-        pairs = np.concatenate([*islice(read_parts(folder), -(-20 // pipeline.batch))])[:20]
-        pairs = torch.from_numpy(pairs).flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1
-        image_grid(pairs, min(10, len(pairs))).save(args.out)
-        shutil.rmtree(folder)
+        def tensor(rows: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2) / 127.5 - 1
+
+        total = sum(psnr(tensor(decoded.rows[i:i + 1]), tensor(originals.rows[i:i + 1]))
+                    for i in range(len(paths)))
+        pairs = torch.stack([tensor(array.rows[:20]) for array in (originals, decoded)], 1)
+        write_picture(config.out, image_grid(pairs.flatten(0, 1), min(10, 2 * len(pairs))))
+        for name, array in zip(names, (originals, decoded)):
+            write_npz(name, array)
         print(f"PSNR {total / len(paths):.2f} dB over {len(paths):,} images\n" + "\n".join(names)
-              + f"\n{args.out}: originals, each beside its reconstruction")
+              + f"\n{config.out}: originals, each beside its reconstruction")
 
-
-# ---- Speed ---------------------------------------------------------------------------------------
 
 def seconds_of(call: Callable, pipeline: Pipeline, patience: float = 20.0) -> float:
     """Seconds of a call: the median of nine, or of fewer if they take longer than `patience`."""
@@ -418,18 +955,23 @@ def seconds_of(call: Callable, pipeline: Pipeline, patience: float = 20.0) -> fl
     return sorted(times)[len(times) // 2]
 
 
+def measure_machine(pipeline: Pipeline, dtype: torch.dtype) -> tuple[float, float]:
+    """Memory bandwidth in bytes/s and rate of a large matrix product in FLOP/s."""
+    side = 8192 if pipeline.on_gpu else 2048
+    values = torch.randn(2 ** 29 // dtype.itemsize, dtype=dtype, device=pipeline.device)
+    bandwidth = 2 ** 29 / seconds_of(values.sum, pipeline)
+    values = values[:side ** 2].view(side, side).clone()
+    return bandwidth, 2 * side ** 3 / seconds_of(lambda: values @ values, pipeline)
+
+
 def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
     """Prints how fast a batch is drawn and decoded, beside what the machine could do: read all
     weights and the cache once a step at its memory bandwidth, or compute all products at the rate
     of a large one, both measured here."""
     tokenizer, device, batch = pipeline.tokenizer, pipeline.device, pipeline.batch
     numbers, todo = [*range(batch)], [labels[i % len(labels)] for i in range(batch)]
-    dtype, side = ar.head.weight.dtype, 8192 if pipeline.on_gpu else 2048
-    values = torch.randn(2 ** 29 // dtype.itemsize, dtype=dtype, device=device)
-    bandwidth = 2 ** 29 / seconds_of(values.sum, pipeline)
-    values = values[:side ** 2].view(side, side).clone()
-    products = 2 * side ** 3 / seconds_of(functools.partial(torch.mm, values, values), pipeline)
-    del values
+    dtype = ar.head.weight.dtype
+    bandwidth, products = measure_machine(pipeline, dtype)
     if pipeline.on_gpu:
         torch.cuda.reset_peak_memory_stats()
 
@@ -438,20 +980,20 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
 
     if pipeline.on_gpu:  # compiles and records
         pipeline.decode(numbers, draw())
-    drawing, count = seconds_of(draw, pipeline), pipeline.groups * pipeline.group
+    drawing, count = seconds_of(draw, pipeline), pipeline.groups * pipeline.group_size
     tokens = torch.zeros(batch, tokenizer.config.num_tokens, dtype=torch.long, device=device)
     decoding = seconds_of(lambda: pipeline.decode(numbers, tokens), pipeline)
 
     rows = len(pipeline.sampler.cache.blocks[0][0])
     weights = sum(p.numel() for name, p in ar.named_parameters() if "embedding" not in name)
-    cache = rows * ar.config.depth * 2 * ar.config.width * (count + pipeline.group) / 2  # average
+    cache = rows * ar.config.depth * 2 * ar.config.width * (count + pipeline.group_size) / 2
     reading = dtype.itemsize * weights / bandwidth  # seconds a step
     caching = dtype.itemsize * cache / bandwidth
     computing = 2 * weights * rows / products
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         cond, noise = tokenizer.condition(tokens[:1]), pipeline.noise([0])
         settings = tokenizer.config
-        steps = pipeline.args.steps or settings.num_steps or settings.num_groups
+        steps = pipeline.config.steps or settings.num_steps or settings.num_groups
         schedule = sampling_schedule(steps, settings.num_groups, settings.beta, pipeline.groups)
         flops = count_flops(lambda: tokenizer.velocity(noise, schedule[0], cond)) * len(schedule)
     name = torch.cuda.get_device_name() if pipeline.on_gpu else "CPU"
@@ -471,43 +1013,134 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
 
 # ---- The program ---------------------------------------------------------------------------------
 
+def parse_cfg(text: str) -> tuple[float, float] | None:
+    """Guidance: "1.1:10" runs linearly over the tokens, "4" is constant, "none" is off."""
+    if text == "none":
+        return None
+    with contextlib.suppress(ValueError):
+        start, end = (float(part) for part in (text.split(":") if ":" in text else [text, text]))
+        if -1e4 <= start <= 1e4 and -1e4 <= end <= 1e4:
+            return start, end
+    raise Mistake(f"--cfg must be START:END, one number, or none, of at most 10,000; got {text!r}")
+
+
+def parse_labels(text: str, classes: list[str]) -> list[int]:
+    """Class numbers of "207,360" or of class names; "" is all classes."""
+    labels = []
+    for part in text.split(",") if text else ():
+        if part not in classes and not (part.isdecimal() and int(part) < len(classes)):
+            raise Mistake(f"--labels: no class {part!r}; give numbers in 0 ... "
+                          f"{len(classes) - 1} or names such as {', '.join(classes[:10])}")
+        labels.append(classes.index(part) if part in classes else int(part))
+    return labels or list(range(len(classes)))
+
+
+def parse_keep(text: str, count: int) -> list[int]:
+    """Numbers of kept tokens of "32,64"; "" is 1/8, 1/4 and 1/2 of the `count` tokens."""
+    kept = text.split(",") if text else [str(count // 8), str(count // 4), str(count // 2)]
+    if not all(part.isdecimal() and int(part) <= count for part in kept):
+        raise Mistake(f"--keep must be numbers of tokens in 0 ... {count}, got {text!r}")
+    return [int(part) for part in kept]
+
+
+UNUSED = {  # flags that have no meaning in a mode; "": in the mode without a flag, a grid
+    "stream": "steps keep size", "prefix": "num_images size", "npz": "out keep size",
+    "reconstruct": "labels cfg temperature top_k top_p keep size",
+    "benchmark": "num_images out keep", "": "keep size"}
+
+
+def parse_args(argv: list[str] | None) -> SampleConfig:
+    """The flags, checked as far as they can be without the model. Raises Mistake."""
+    config, = parse_settings({"": (SampleConfig(),)}, argv, __doc__, {"num_images": "--num"})
+    modes = [name for name in UNUSED if name and getattr(config, name)]
+    if len(modes) > 1:
+        raise Mistake(f"--{modes[0]} and --{modes[1]} exclude each other")
+    mode = modes[0] if modes else ""
+    unused = UNUSED[mode] + (" ckpt tokenizer labels" if config.size else "")
+    for name in unused.split():
+        if getattr(config, name) != getattr(SampleConfig, name):
+            raise Mistake(f"--{name.replace('_', '-')} has no meaning "
+                          + (f"with --{mode}" if mode else "in a grid"))
+    if "RANK" in os.environ and mode not in ("npz", "reconstruct"):
+        raise Mistake("torchrun is for --npz and --reconstruct; use python otherwise")
+    if os.path.splitext(config.out)[1].lower() not in (".png", ".jpg", ".webp"):
+        raise Mistake(f"--out must end in .png, .jpg or .webp, got {config.out!r}")
+    parse_cfg(config.cfg)
+    return config
+
+
+def newest_checkpoint(kinds: tuple, folder: str = "out") -> str:
+    """The checkpoint under `folder`, of one of the kinds, that was written last."""
+    paths = glob.glob(os.path.join(folder, "**", "last.pt"), recursive=True)
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        if read_file(path).get("kind") in kinds:
+            return path
+    raise Mistake(f"no checkpoint under {folder}/; train one, or give --ckpt FILE")
+
+
+def load_models(config: SampleConfig, device) -> tuple[AR | None, Tokenizer, list[str]]:
+    """The models and the names of the classes; to reconstruct, the tokenizer only."""
+    if config.reconstruct:
+        path = config.tokenizer or config.ckpt or newest_checkpoint(("ar", "tokenizer"))
+        return None, load_tokenizer(path, device), []
+    if config.size:
+        tokenizer = Tokenizer(TOKENIZERS.get(config.size, TOKENIZERS["paper"])).eval()
+        ar = AR(SIZES[config.size]).eval()
+        classes = [str(i) for i in range(ar.config.num_classes)]
+        return ar.to(device), tokenizer.to(device), classes
+    path = config.ckpt or newest_checkpoint(("ar",))
+    classes = read_checkpoint(path, "ar")["classes"]
+    parse_labels(config.labels, classes)  # mistakes come before the weights
+    tokenizer = load_tokenizer(config.tokenizer or path, device)
+    ar, settings = load_ar(path, device, tokenizer.config.num_tokens), tokenizer.config
+    if (ar.config.vocab_size, ar.config.num_tokens) != (settings.codebook_size,
+                                                        settings.num_tokens):
+        raise Mistake(f"the tokenizer has {settings.num_tokens} tokens of "
+                      f"{settings.codebook_size}, {path} predicts {ar.config.num_tokens} of "
+                      f"{ar.config.vocab_size}")
+    return ar, tokenizer, classes
+
+
 def main(argv: list[str] | None = None):
-    args = parse_args(argv)
+    config = parse_args(argv)
     rank, _, device = join_processes()
 
     # Everything that can be wrong is looked at first
-    if args.npz and os.path.exists(args.npz):
-        if rank == 0:  # where it was killed at the very end
-            shutil.rmtree(args.npz + ".parts", ignore_errors=True)
-        raise ValueError(f"{args.npz} is there already; give --npz another name")
-    paths = find_images(args.reconstruct)[:args.num] if args.reconstruct else []
-    reference = read_image(args.prefix, 256) if args.prefix else None
-    ar, tokenizer, classes = load_models(args, device)
-    labels = parse_labels(args.labels, classes)
-    args.keep = parse_keep(args.keep, tokenizer.config.num_tokens)
-    os.makedirs(os.path.dirname(os.path.abspath(args.npz or args.out)), exist_ok=True)
+    if config.npz and os.path.exists(config.npz):
+        raise Mistake(f"{config.npz} is there already; give --npz another name")
+    if rank == 0 and not config.benchmark:
+        reserve(config.npz or config.out)
+    paths = find_images(config.reconstruct) if config.reconstruct else []
+    paths = paths[:config.num_images or None]
+    reference = read_image(config.prefix, 256) if config.prefix else None
+    ar, tokenizer, classes = load_models(config, device)
+    labels = parse_labels(config.labels, classes)
+    kept = parse_keep(config.keep, tokenizer.config.num_tokens)
 
     # Batches of about one size
-    if args.stream or args.prefix:
-        labels = labels if args.labels else labels[:10]
-    count = len(paths) or args.num or (len(labels) if args.stream or args.prefix else 100)
-    if args.stream and count > args.batch:
-        raise ValueError(f"--stream draws one batch; give up to --batch, {args.batch}, images")
-    batch = args.batch if args.benchmark else -(-count // -(-count // args.batch))
-    pipeline = Pipeline(ar, tokenizer, args, batch, device)
-    if args.benchmark:
+    if config.stream or config.prefix:
+        labels = labels if config.labels else labels[:10]
+    count = len(paths) or config.num_images or (len(labels) if config.stream or config.prefix
+                                                else 100)
+    if (config.stream or config.prefix) and count > config.batch:
+        raise Mistake(f"--stream and --prefix draw one batch; --batch is {config.batch}, and there "
+                      f"would be {count} images in it")
+    batch = config.batch if config.benchmark else -(-count // -(-count // config.batch))
+    weights = fingerprint(*filter(None, (ar, tokenizer))) if config.npz or paths else ""
+    pipeline = Pipeline(ar, tokenizer, config, batch, device)
+    if config.benchmark:
         benchmark(pipeline, ar, labels)
-    elif args.stream:
-        write_stream(pipeline, args, labels)
-    elif args.prefix:
+    elif config.stream:
+        write_stream(pipeline, config, labels)
+    elif config.prefix:
         size = tokenizer.config.image_size
-        write_layouts(pipeline, args, labels, to_tensor(center_crop(reference, size)))
-    elif args.reconstruct:
-        write_reconstructions(pipeline, args, paths, rank)
-    elif args.npz:
-        write_samples(pipeline, args, labels, count, rank)
+        write_layouts(pipeline, config, labels, kept, to_tensor(center_crop(reference, size)))
+    elif config.reconstruct:
+        write_reconstructions(pipeline, config, paths, rank, weights)
+    elif config.npz:
+        write_samples(pipeline, config, labels, count, rank, weights)
     else:
-        write_grid(pipeline, args, labels, count)
+        write_grid(pipeline, config, labels, count)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -12,10 +12,9 @@ import copy
 import hashlib
 import os
 import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Iterator
+from typing import Annotated, Iterator, Literal
 
 import numpy as np
 import torch
@@ -23,17 +22,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from model_ar import AR, SIZES, ARConfig, load_ar
-from model_tokenizer import (Tokenizer, build_config, center_crop, count_flops, image_grid,
-                             join_processes, load_last, load_tokenizer, make_parts, pack_tokenizer,
-                             read_parts, resize_shorter, run, save_checkpoint, seed_of, seeded,
-                             to_tensor, wait, write_array)
-from train_tokenizer import (Clock, Shuffle, Stop, Stream, Unreadable, batches, learning_rate,
-                             leave_group, local_batch, open_data, parse_config, positions,
-                             read_or_another, some_of, start_from, trim_log, update_ema,
-                             utilisation, write_log)
+from model_ar import AR, SIZES, Share
+from model_tokenizer import Count, Tokenizer
+from sample import (LongArray, Mistake, Purpose, Seed, center_crop, count_flops, fingerprint,
+                    image_grid, join_processes, load_ar, load_tokenizer, lock, pack,
+                    parse_settings, reserve, resize_shorter, run, seed_of, seeded, to_tensor, wait,
+                    write_picture)
+from train_tokenizer import (Clock, Shuffle, Steps, StepsOrNone, Stop, Unreadable, Weight,
+                             distribute, learning_rate, local_batch, open_data, positions,
+                             read_or_another, resume, save, shield, some_of, start_from, trim_log,
+                             update_ema, utilisation, write_log)
 
 
 @dataclass
@@ -44,43 +43,40 @@ class TrainConfig:
     data: str = "data/imagenet"      # folder of images, or "shapes": the built-in pictures
     tokenizer: str = "out/tokenizer/last.pt"  # checkpoint of the tokenizer
     codes: str = "out/codes"         # folder of the images' tokens, written by the first run
-    size: str = "L"                  # see SIZES in model_ar.py (Sec. 4)
-    views: int = 10                  # crops of each image: 10, 2 (centre, mirrored) or 1 (RandAR);
-    #                                  0: random crops, encoded anew in each epoch
-    resize_max: float = 1.1          # with 0 views: shorter side up to 1.1 x image_size
-    flip: bool = True                # with 0 views: mirror half of the images
-    steps: int = 375_000             # 300 epochs of ImageNet (Sec. 5)
-    batch: int = 1024                # images a step, over all processes (Sec. 5)
-    accumulate: int = 1              # backward passes a step; `batch` stays what it is
-    lr: float = 4e-4                 # (Sec. 5)
-    lr_final: float = 1e-5           # learning rate at the end of `decay_steps` (Sec. 5)
-    warmup_steps: int = 0            # linear rise of the learning rate
-    decay_steps: int = 62_500        # linear fall over the last 50 epochs (Sec. 5)
-    beta1: float = 0.9               # AdamW (RandAR)
-    beta2: float = 0.95              # AdamW (RandAR)
-    weight_decay: float = 0.05       # AdamW, matrices only (Sec. 5)
-    clip: float = 1.0                # largest norm of the gradient (RandAR)
-    ema: float = 0.0                 # decay of averaged weights; 0: none (released code)
-    dropout: float = 0.1             # on tokens, residual and feed-forward branches (RandAR)
-    class_dropout: float = 0.1       # share of labels replaced by the null class (RandAR)
-    cfg_start: float = 1.1           # guidance of the pictures at the first token (App. II)
-    cfg_end: float = 8.0             # guidance of the pictures at the last token (App. II)
-    workers: int = 8                 # processes that load images while their tokens are written
+    size: Literal[*SIZES] = "L"      # of the model, see model_ar.py (Sec. 4)
+    views: Literal[1, 2, 10] = 10    # crops of each image; 2: centre, mirrored; 1: centre (RandAR)
+    steps: Steps = 375_000           # 300 epochs of ImageNet (Sec. 5)
+    batch: Count = 1024              # images a step, over all processes (Sec. 5)
+    accumulate: Count = 1            # backward passes a step; `batch` stays what it is
+    lr: Annotated[float, 0, 1] = 4e-4  # (Sec. 5)
+    lr_final: Annotated[float, 0, 1] = 1e-5  # learning rate at the end of `decay_steps` (Sec. 5)
+    warmup_steps: StepsOrNone = 0    # linear rise of the learning rate
+    decay_steps: StepsOrNone = 62_500  # linear fall over the last 50 epochs (Sec. 5)
+    beta1: Share = 0.9               # AdamW (RandAR)
+    beta2: Share = 0.95              # AdamW (RandAR)
+    weight_decay: Weight = 0.05      # AdamW, matrices only (Sec. 5)
+    clip: Annotated[float, 1e-6, 1e6] = 1.0  # largest norm of the gradient (RandAR)
+    ema: Share = 0.0                 # decay of averaged weights; 0: the weights (released code)
+    dropout: Share = 0.1             # on tokens, residual and feed-forward branches (RandAR)
+    class_dropout: Share = 0.1       # share of labels replaced by the null class (RandAR)
+    cfg_start: Annotated[float, -1e4, 1e4] = 1.1  # guidance of pictures, first token (App. II)
+    cfg_end: Annotated[float, -1e4, 1e4] = 8.0  # guidance of pictures, last token (App. II)
+    workers: Annotated[int, 0, 256] = 8  # processes that load images while tokens are written
     compile: bool = True             # torch.compile the transformer blocks; CUDA only
-    seed: int = 0
-    log_every: int = 100             # steps between log lines
-    eval_every: int = 5000           # steps between pictures and held-out loss
-    save_every: int = 2500           # steps between checkpoints
-    eval_images: int = 512           # held-out images for the loss
-    eval_samples: int = 40           # samples in a picture, of up to ten classes in turn
+    seed: Seed = 0
+    log_every: Steps = 100           # steps between log lines
+    eval_every: Steps = 5000         # steps between pictures and held-out loss
+    save_every: Steps = 2500         # steps between checkpoints
+    eval_images: Count = 512         # held-out images for the loss
+    eval_samples: Count = 40         # samples in a picture, of up to ten classes in turn
+    changed: bool = False            # go on from a checkpoint of other data, seed, batch or views
 
 
 PRESETS = {
     "paper": (TrainConfig(),),
     "toy": (TrainConfig(data="shapes", size="toy", views=1, steps=800, batch=64, lr=2e-3,
                         lr_final=1e-4, warmup_steps=50, decay_steps=500, ema=0.98,
-                        flip=False, resize_max=1.0, dropout=0.0, cfg_end=3.0, workers=0,
-                        eval_every=400, save_every=200),),
+                        dropout=0.0, cfg_end=3.0, workers=0, eval_every=400, save_every=200),),
     "cifar": (TrainConfig(data="data/cifar10", size="cifar", views=2, steps=20_000, batch=256,
                           lr_final=4e-5, warmup_steps=200, decay_steps=10_000, ema=0.999,
                           cfg_end=3.0, workers=4, eval_every=1000, save_every=500),)}
@@ -117,79 +113,68 @@ class Views(torch.utils.data.Dataset):
         return torch.stack([to_tensor(crop) for crop in crops]), label, unreadable
 
 
-def encode_all(tokenizer: Tokenizer, views: Views, items: list[int], workers: int,
+@torch.no_grad()
+def encode_all(tokenizer: Tokenizer, views: Views, batches: list, workers: int,
                unreadable: Unreadable) -> Iterator[np.ndarray]:
-    """For each image of `items`, a row (1 + views * N,) uint16: its label, then the tokens of its
-    crops, made in float32."""
+    """For each batch of image numbers, rows (n, 1 + views * N) uint16: the label of each image,
+    then the tokens of its crops, made in float32."""
     device = tokenizer.quantizer.codebook.device
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(views, items),
-                                         max(1, 128 // views.views), num_workers=workers,
-                                         worker_init_fn=leave_group)
+    loader = torch.utils.data.DataLoader(views, batch_sampler=[[*batch] for batch in batches],
+                                         num_workers=workers, worker_init_fn=shield,
+                                         pin_memory=device.type == "cuda")
     for images, labels, lines in loader:                                     # (n, views, 3, H, W)
         unreadable.note(lines)
-        tokens = tokenizer.encode(images.flatten(0, 1).to(device)).cpu()     # (n * views, N)
-        rows = torch.cat([labels[:, None], tokens.view(len(labels), -1)], 1)
-        yield from rows.numpy().astype(np.uint16)
+        images = images.flatten(0, 1).to(device, non_blocking=True)          # (n * views, 3, H, W)
+        tokens = tokenizer.encode(images).cpu().view(len(labels), -1)        # (n, views * N)
+        yield torch.cat([labels[:, None], tokens], 1).numpy().astype(np.uint16)
 
 
 def read_codes(config: TrainConfig, tokenizer: Tokenizer, views: Views,
                unreadable: Unreadable) -> np.ndarray:
     """Labels and tokens of all images, (images, 1 + views * N) uint16 as in `encode_all`, memory-
-    mapped from a file in the folder `codes`. The first call writes it, each process its share, and
-    goes on where it was killed. The file is named after a digest of the tokenizer and the images,
-    which are described beside it; others need another file."""
-    weights, images = hashlib.sha256(), hashlib.sha256()
-    for value in tokenizer.state_dict().values():
-        weights.update(value.cpu().numpy().tobytes())
-    images.update(str(views.source.describe()).encode())
-    about = {"tokenizer": weights.hexdigest(), "images": images.hexdigest(), "count": len(views),
-             "views": views.views, "classes": len(views.source.classes)}
+    mapped from a file in the folder `codes`, which the first call writes. The file is named after a
+    digest of the tokenizer and the images; others need another file. Raises Mistake."""
+    about = {"tokenizer": fingerprint(tokenizer), "images": views.source.describe(),
+             "count": len(views), "views": views.views, "classes": len(views.source.classes)}
     name = hashlib.sha256(str(about).encode()).hexdigest()[:16]
     path = os.path.join(config.codes, name + ".npy")
+    shape = len(views), 1 + views.views * tokenizer.config.num_tokens
     missing = not os.path.exists(path)
     wait()  # all have looked before one writes
     if missing:
-        began = time.time()
-        size = max(1, min(1024, len(views) // 16))  # images a part
-
-        def make(todo: list[list[int]]) -> Iterator[np.ndarray]:
-            items = [i for numbers in todo for i in numbers]
-            rows = encode_all(tokenizer, views, items, config.workers, unreadable)
-            for numbers in todo:
-                yield np.stack([*islice(rows, len(numbers))])
-
-        make_parts(path + ".parts", len(views), size, about, make, lambda made: (
-            f"tokens of {made / (time.time() - began):.1f} images/s a process"))
+        array = LongArray(path, shape, np.uint16, max(1, 128 // views.views), about)
+        rows = encode_all(tokenizer, views, array.todo, config.workers, unreadable)
+        for numbers in array.todo:
+            array.fill(numbers, next(rows))
+        array.close()
         if int(os.environ.get("RANK", 0)) == 0:
-            with open(path + ".tmp", "wb") as file:
-                write_array(file, read_parts(path + ".parts"), len(views))
-            os.replace(path + ".parts/settings.json", os.path.join(config.codes, name + ".json"))
-            os.replace(path + ".tmp", path)
+            os.replace(os.path.join(array.folder, "rows.npy"), path)
+            os.replace(os.path.join(array.folder, "settings.json"), path[:-3] + "json")
+            shutil.rmtree(array.folder)
         wait()
-    if int(os.environ.get("RANK", 0)) == 0:
-        shutil.rmtree(path + ".parts", ignore_errors=True)
-    return np.load(path, mmap_mode="r")
+    try:
+        codes = np.load(path, mmap_mode="r")
+        if codes.shape != shape or codes.dtype != np.uint16:
+            raise ValueError
+    except (ValueError, EOFError, OSError):
+        raise Mistake(f"{path} is damaged; remove it, and the tokens are written anew") from None
+    return codes
 
 
-def stored_tokens(codes: np.ndarray, config: TrainConfig, count: int, first_step: int, rank: int,
+def stored_tokens(codes: np.ndarray, config: TrainConfig, architecture, first_step: int, rank: int,
                   world: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of labels (micro,) and tokens (micro, N) from the codes of `count` images, a random
-    view each; `accumulate` of them are one step."""
-    micro, shuffle = local_batch(config, world), Shuffle(count, config.seed)
+    """Batches of labels (micro,) and tokens (micro, N) from the codes of all images, a random view
+    each; `accumulate` of them are one step. Raises a Mistake for tokens that cannot be."""
+    micro, shuffle = local_batch(config, world), Shuffle(len(codes), config.seed)
     places = positions(config, first_step, rank, world)
     while chosen := [*islice(places, micro)]:
-        views = [seed_of(config.seed, 2, place) % config.views for place in chosen]
+        views = [seed_of(config.seed, Purpose.VIEW, place) % config.views for place in chosen]
         rows = codes[[shuffle[place] for place in chosen]].astype(np.int64)  # (micro, 1 + views N)
-        tokens = rows[:, 1:].reshape(micro, config.views, -1)[range(micro), views]
-        yield torch.from_numpy(rows[:, 0]), torch.from_numpy(tokens)
-
-
-def fresh_tokens(tokenizer: Tokenizer, stream: Stream, config: TrainConfig, first_step: int,
-                 rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same of random crops, encoded as they come, in float32."""
-    device = tokenizer.quantizer.codebook.device
-    for images, labels, _ in batches(stream, config, first_step, rank, world, device):
-        yield labels, tokenizer.encode(images)
+        labels, tokens = rows[:, 0], rows[:, 1:].reshape(micro, config.views, -1)
+        if labels.max() >= architecture.num_classes or tokens.max() >= architecture.vocab_size:
+            raise Mistake(f"the tokens in {config.codes} are damaged; remove the folder, and they "
+                          "are written anew")
+        yield torch.from_numpy(labels), torch.from_numpy(tokens[range(micro), views])
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -218,9 +203,10 @@ def draw_samples(model: AR, tokenizer: Tokenizer, config: TrainConfig) -> Image.
     columns = min(10, model.config.num_classes, config.eval_samples)
     labels = torch.linspace(0, model.config.num_classes - 1, columns, device=device).long()
     labels = labels[torch.arange(config.eval_samples) % columns]
-    noise = torch.randn(len(labels), 3, size, size, generator=seeded(config.seed, 3)).to(device)
-    keys = torch.arange(len(labels), device=device)
-    tokens = model.generate(labels, (config.cfg_start, config.cfg_end), keys=keys)
+    noise, uniforms = seeded(config.seed, Purpose.START), seeded(config.seed, Purpose.TOKENS)
+    noise = torch.randn(len(labels), 3, size, size, generator=noise).to(device)
+    uniforms = torch.rand(len(labels), model.config.num_tokens, generator=uniforms)
+    tokens = model.generate(labels, (config.cfg_start, config.cfg_end), uniforms=uniforms)
     images = tokenizer.decode(tokens, noise)
     return image_grid(images, columns)
 
@@ -228,13 +214,7 @@ def draw_samples(model: AR, tokenizer: Tokenizer, config: TrainConfig) -> Image.
 # ---- The run -------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None):
-    config, = parse_config(PRESETS, argv)
-    if config.size not in SIZES:
-        raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {config.size!r}")
-    if config.eval_samples < 1:
-        raise ValueError("--eval-samples must be at least 1")
-    if config.views not in (0, 1, 2, 10):
-        raise ValueError(f"--views must be 0, 1, 2 or 10, got {config.views}")
+    config, = parse_settings(PRESETS, argv, __doc__)
 
     # Processes
     rank, world, device = join_processes()
@@ -245,27 +225,29 @@ def main(argv: list[str] | None = None):
     size, count = tokenizer.config.image_size, tokenizer.config.num_tokens
     train, held_out = open_data(config.data, size)
     if max(tokenizer.config.codebook_size, len(train.classes)) > 2 ** 16:
-        raise ValueError("tokens and labels are kept as uint16: at most 65,536 of them")
-    os.makedirs(config.out, exist_ok=True)
-    unreadable = Unreadable(config.out, len(train) / world)
-    codes = (read_codes(config, tokenizer, Views(train, size, config.views), unreadable)
-             if config.views else None)
+        raise Mistake("tokens and labels are kept as uint16: at most 65,536 of them")
+    if master:
+        lock(config.out)
+        reserve(*(os.path.join(config.out, name) for name in ("last.pt", "last.pt.previous")))
+    codes = read_codes(config, tokenizer, Views(train, size, config.views),
+                       Unreadable(config.out, len(train)))
     shown = some_of(config.eval_images, len(held_out))
-    val = np.stack([*encode_all(tokenizer, Views(held_out, size, 1), shown, config.workers,
-                                Unreadable(config.out, len(held_out)))]).astype(np.int64)
-    val_labels, val_tokens = torch.from_numpy(val).to(device).split([1, count], 1)
-    val_labels = val_labels[:, 0]                                            # (n,)
+    val = [*encode_all(tokenizer, Views(held_out, size, 1),
+                       [shown[i:i + 128] for i in range(0, len(shown), 128)], config.workers,
+                       Unreadable(config.out, len(held_out)))]
+    val = torch.from_numpy(np.concatenate(val).astype(np.int64)).to(device)
+    val_labels, val_tokens = val[:, 0], val[:, 1:]                           # (n,), (n, N)
 
     # Model and its running average
-    architecture = replace(SIZES[config.size], num_tokens=tokenizer.config.num_tokens,
+    architecture = replace(SIZES[config.size], num_tokens=count, dropout=config.dropout,
                            vocab_size=tokenizer.config.codebook_size,
-                           num_classes=len(train.classes), dropout=config.dropout)
+                           num_classes=len(train.classes))
     torch.manual_seed(config.seed)
     model = AR(architecture).to(device)
     if config.init_from:  # other classes start anew
         start_from(model, load_ar(config.init_from, device, count).state_dict(), config.init_from,
                    ("class_embedding.",))
-    ema = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else None
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
 
     # Optimizer
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -275,24 +257,9 @@ def main(argv: list[str] | None = None):
                                   weight_decay=config.weight_decay, fused=True)
 
     # Resume
-    path, first_step = os.path.join(config.out, "last.pt"), 0
-    saved = load_last(path, "ar", device)
-    if saved is not None:
-        if build_config(ARConfig, saved["config"], path) != architecture:
-            raise ValueError(f"{path} has another architecture; give --out with another folder")
-        if (ema is None) != (saved["ema"] is None):
-            raise ValueError(f"{path} was trained with another --ema; give --out with another "
-                             "folder")
-        if any(not torch.equal(saved["tokenizer"]["model"][name], value)
-               for name, value in tokenizer.state_dict().items()):
-            raise ValueError(f"{path} was trained on another tokenizer; give --out with another "
-                             "folder")
-        model.load_state_dict(saved["model"])
-        if ema is not None:
-            ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first_step = saved["step"]
-    del saved
+    parts = {"model": model, "ema": ema}
+    settings = {**asdict(config), "tokenizer": fingerprint(tokenizer)}  # wherever its file lies
+    first_step = resume(config, settings, "ar", parts, optimizer)
     if master:
         trim_log(config, first_step)
         print(f"ar: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} "
@@ -301,14 +268,10 @@ def main(argv: list[str] | None = None):
 
     # Compile, distribute
     flops = 3 * count_flops(lambda: model(val_labels[:1], val_tokens[:1])) if on_gpu else 0
-    if config.compile and on_gpu:
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    ddp = distribute(model, [*model.blocks], config, world, on_gpu)
 
     # Loop
-    data = (stored_tokens(codes, config, len(train), first_step, rank, world) if config.views else
-            fresh_tokens(tokenizer, Stream(train, config, size), config, first_step, rank, world))
+    data = stored_tokens(codes, config, architecture, first_step, rank, world)
     clock, stop = Clock(config), Stop()
     for step in range(first_step, config.steps):
         last = step == config.steps - 1
@@ -316,11 +279,11 @@ def main(argv: list[str] | None = None):
             group["lr"] = learning_rate(step, config)
 
         # All processes draw for the whole batch which labels give way to the null class.
-        dropped = torch.rand(config.batch, generator=seeded(config.seed, 7, step))
+        dropped = torch.rand(config.batch, generator=seeded(config.seed, Purpose.NULL_CLASS, step))
         dropped = (dropped < config.class_dropout).view(world, config.accumulate, micro)[rank]
-        torch.manual_seed(seed_of(config.seed, 4, step, rank))               # dropouts
+        torch.manual_seed(seed_of(config.seed, Purpose.DROPOUT, step, rank))
         for part in range(config.accumulate):
-            labels, tokens = (batch.to(device, non_blocking=True) for batch in next(data))
+            labels, tokens = (batch.to(device) for batch in next(data))
             labels = labels.masked_fill(dropped[part].to(device), architecture.num_classes)
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
@@ -331,8 +294,7 @@ def main(argv: list[str] | None = None):
         clock.add(step, gradient=nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
-            update_ema(ema, model, config.ema)
+        update_ema(ema, model, config.ema)
 
         if (step + 1) % config.log_every == 0 or last:
             means = clock.read()
@@ -340,29 +302,21 @@ def main(argv: list[str] | None = None):
                       **utilisation(means["images_per_s"] * flops / world))
         clock.stop()
         if master and ((step + 1) % config.eval_every == 0 or last):
-            averaged = model.eval() if ema is None else ema
-            with torch.compiler.set_stance("force_eager"):  # other shapes than training's
-                write_log(config, master, step=step + 1,
-                          **evaluate(averaged, val_labels, val_tokens))
-                draw_samples(averaged, tokenizer, config).save(
-                    os.path.join(config.out, f"samples_{step + 1:06d}.png"))
-            model.train()
+            write_log(config, master, step=step + 1, **evaluate(ema, val_labels, val_tokens))
+            write_picture(os.path.join(config.out, f"samples_{step + 1:06d}.png"),
+                          draw_samples(ema, tokenizer, config))
         stopped = stop.asked()
         if (step + 1) % config.save_every == 0 or last or stopped:
             clock.check()
             if master:
-                save_checkpoint(path, {"kind": "ar", "config": asdict(architecture),
-                                       "model": model.state_dict(), "step": step + 1,
-                                       "ema": None if ema is None else ema.state_dict(),
-                                       "optimizer": optimizer.state_dict(),
-                                       "classes": train.classes,
-                                       "tokenizer": pack_tokenizer(tokenizer)})
+                save(config, settings, "ar", parts, optimizer, step + 1, classes=train.classes,
+                     tokenizer=pack("tokenizer", tokenizer))
         if stopped and not last:
             stop.leave(step + 1, master)
         clock.start()
     stop.release()
     if master:
-        print(f"ar: {path}")
+        print(f"ar: {os.path.join(config.out, 'last.pt')}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

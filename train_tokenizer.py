@@ -8,19 +8,19 @@ DIR holds one sub-folder of images a class, or `train` and `val` folders of such
 took about 5 days on 16 A100 GPUs (1,900 GPU-hours), the ablation model 8 hours on 4. Every setting
 below is a flag; the same command continues where it stopped. Results are in `out/tokenizer`.
 """
-import argparse
 import colorsys
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Iterator
+from typing import Annotated, Iterator
 
 import numpy as np
 import torch
@@ -30,11 +30,17 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_tokenizer import (IMAGE_ENDINGS, TOKENIZERS, Tokenizer, TokenizerConfig, build_config,
-                             center_crop, count_flops, group_of, image_grid, join_processes,
-                             load_last, load_tokenizer, noise_of, pack_tokenizer, peak_memory, psnr,
-                             read_image, resize_shorter, run, save_checkpoint, seeded, to_tensor,
-                             wait)
+from model_ar import Share
+from model_tokenizer import TOKENIZERS, Count, Tokenizer, group_of
+from sample import (IMAGE_ENDINGS, Mistake, Purpose, Seed, about, center_crop, count_flops,
+                    image_grid, join_processes, load_tokenizer, lock, noise_of, pack,
+                    parse_settings, peak_memory, psnr, read_checkpoint, read_image, reserve,
+                    resize_shorter, run, save_checkpoint, seeded, to_tensor, wait, write,
+                    write_picture)
+
+Weight = Annotated[float, 0, 1e6]
+Steps = Annotated[int, 1, 2 ** 40]
+StepsOrNone = Annotated[int, 0, 2 ** 40]
 
 
 @dataclass
@@ -43,33 +49,34 @@ class TrainConfig:
     out: str = "out/tokenizer"       # folder of checkpoints, log and pictures
     init_from: str = ""              # checkpoint whose weights a new run starts from
     data: str = "data/imagenet"      # folder of images, or "shapes": the built-in pictures
-    steps: int = 210_000             # (Sec. 5)
-    batch: int = 1024                # images a step, over all processes (Sec. 5)
-    accumulate: int = 1              # backward passes a step; `batch` stays what it is
-    lr: float = 2e-4                 # (Sec. 5; constant after warm-up)
-    lr_final: float = 2e-4           # learning rate at the end of `decay_steps`
-    warmup_steps: int = 500          # linear rise of the learning rate (released code)
-    decay_steps: int = 0             # linear fall to lr_final over the last steps
-    beta1: float = 0.9               # AdamW (released code)
-    beta2: float = 0.95              # AdamW (released code)
-    weight_decay: float = 0.0        # AdamW (released code)
-    clip: float = 1.0                # largest norm of the gradient (released code)
-    ema: float = 0.999               # decay of the averaged weights (released code)
-    vq: float = 1.0                  # weight of the codebook and commitment losses (Eq. 7)
-    lpips: float = 0.5               # weight of LPIPS (Eq. 7); 0: neither computed nor downloaded
-    repa: float = 0.5                # weight of REPA (Eq. 7); 0: neither computed nor downloaded
-    reseed_after: int = 0            # steps after which an unused codebook row becomes a random
-    #                                  encoder output; 0: never. Not the paper's: for small runs
-    resize_max: float = 1.25         # random crops: shorter side up to 1.25 x image_size (Sec. 5)
+    steps: Steps = 210_000           # (Sec. 5)
+    batch: Count = 1024              # images a step, over all processes (Sec. 5)
+    accumulate: Count = 1            # backward passes a step; `batch` stays what it is
+    lr: Annotated[float, 0, 1] = 2e-4  # (Sec. 5; constant after warm-up)
+    lr_final: Annotated[float, 0, 1] = 2e-4  # learning rate at the end of `decay_steps`
+    warmup_steps: StepsOrNone = 500  # linear rise of the learning rate (released code)
+    decay_steps: StepsOrNone = 0     # linear fall to lr_final over the last steps
+    beta1: Share = 0.9               # AdamW (released code)
+    beta2: Share = 0.95              # AdamW (released code)
+    weight_decay: Weight = 0.0       # AdamW (released code)
+    clip: Annotated[float, 1e-6, 1e6] = 1.0  # largest norm of the gradient (released code)
+    ema: Share = 0.999               # decay of the averaged weights (released code)
+    vq: Weight = 1.0                 # weight of the codebook and commitment losses (Eq. 7)
+    lpips: Weight = 0.5              # weight of LPIPS (Eq. 7); 0: neither computed nor downloaded
+    repa: Weight = 0.5               # weight of REPA (Eq. 7); 0: neither computed nor downloaded
+    reseed_after: StepsOrNone = 0    # steps after which an unused codebook row becomes a random
+    # encoder output; 0: never. Not the paper's: for small runs
+    resize_max: Annotated[float, 1, 8] = 1.25  # random crops: shorter side up to this x image_size
     flip: bool = True                # mirror half of the images (Sec. 5)
-    workers: int = 8                 # processes that load images, for each training process
+    workers: Annotated[int, 0, 256] = 8  # processes that load images, for each training process
     compile: bool = True             # torch.compile the transformer blocks; CUDA only
-    seed: int = 0
-    use_window: int = 100            # steps over which the logged codebook use is taken
-    log_every: int = 100             # steps between log lines
-    eval_every: int = 5000           # steps between pictures and held-out PSNR
-    save_every: int = 2500           # steps between checkpoints
-    eval_images: int = 64            # held-out images for PSNR
+    seed: Seed = 0
+    use_window: Steps = 100          # steps over which the logged codebook use is taken
+    log_every: Steps = 100           # steps between log lines
+    eval_every: Steps = 5000         # steps between pictures and held-out PSNR
+    save_every: Steps = 2500         # steps between checkpoints
+    eval_images: Count = 64          # held-out images for PSNR
+    changed: bool = False            # go on from a checkpoint of other data, seed or batch
 
 
 PRESETS = {  # name: (settings of the run, architecture)
@@ -86,25 +93,7 @@ PRESETS = {  # name: (settings of the run, architecture)
               TOKENIZERS["cifar"])}
 
 
-# ---- Settings, processes, schedule ---------------------------------------------------------------
-
-def parse_config(presets: dict, argv: list[str] | None = None) -> list:
-    """The dataclasses of the preset that --preset names, changed by a flag for each field."""
-    parser = argparse.ArgumentParser(description="Each flag is a dataclass field; see the source.",
-                                     allow_abbrev=False)
-    parser.add_argument("--preset", choices=presets, default="paper")
-    for field in (field for part in presets["paper"] for field in fields(part)):
-        flag, text = "--" + field.name.replace("_", "-"), f"paper: {field.default}"
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag, type=field.type, help=text)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
-             if value is not None}
-    parts = presets[given.pop("preset")]
-    return [replace(part, **{field.name: given[field.name] for field in fields(part)
-                             if field.name in given}) for part in parts]
-
+# ---- Processes, schedule ---------------------------------------------------------------
 
 def in_turn(build):
     """build() in the first process of each node, then in the others, which find its downloads."""
@@ -118,16 +107,12 @@ def in_turn(build):
 
 
 def local_batch(config, world: int) -> int:
-    """Images in one backward pass of one process. Raises ValueError for numbers that do not fit."""
-    for name in ("steps", "batch", "accumulate", "log_every", "eval_every", "save_every",
-                 "eval_images"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    if config.batch % (world * config.accumulate):
-        raise ValueError(f"--batch {config.batch} cannot be split over {world} processes x "
-                         f"--accumulate {config.accumulate}; give a multiple of "
-                         f"{world * config.accumulate}")
-    return config.batch // (world * config.accumulate)
+    """Images in one backward pass of one process. Raises Mistake where they do not divide."""
+    parts = world * config.accumulate
+    if config.batch % parts:
+        raise Mistake(f"--batch {config.batch} cannot be split over {world} processes x "
+                      f"--accumulate {config.accumulate}; give a multiple of {parts}")
+    return config.batch // parts
 
 
 def learning_rate(step: int, config) -> float:
@@ -169,8 +154,7 @@ class Clock:
             self.wrong[name] = torch.minimum(self.wrong.get(name, now), now)
 
     def check(self):
-        """Raises ValueError, in all processes, where a value added to one of them was not finite.
-        """
+        """Raises a Mistake, in all processes, where a value in one of them was not finite."""
         if not self.wrong:
             return
         wrong = torch.stack(list(self.wrong.values()))                       # (values,)
@@ -181,9 +165,9 @@ class Clock:
         found = torch.stack(found)                                           # (processes, values)
         if found.min() < 2 ** 40:
             rank, part = divmod(found.argmin().item(), len(wrong))
-            raise ValueError(f"{list(self.wrong)[part]} is not finite at step {found.min()} in "
-                             f"process {rank}; stopped. The last checkpoint in {self.config.out} "
-                             "is from before")
+            raise Mistake(f"{list(self.wrong)[part]} is not finite at step {found.min()} in "
+                          f"process {rank}; stopped. The last checkpoint in {self.config.out} "
+                          "is from before; a smaller --lr may help")
 
     def read(self) -> dict[str, float]:
         """Means over passes and processes, images a second and peak memory; then starts anew."""
@@ -206,9 +190,9 @@ class Stop:
 
     def __init__(self):
         self.signal = 0
-        # On GPUs, a group of its own: what NCCL sums, the processor would wait for.
+        # On GPUs, processes ask one another by gloo: the CPU would wait for what NCCL sums.
         nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if nccl else None
+        self.peers = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if nccl else None
         self.before = {number: signal.signal(number, self.note)
                        for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -221,7 +205,7 @@ class Stop:
         """Whether any process was sent a signal; all processes call this after each step."""
         if dist.is_initialized():
             latest = torch.tensor(self.signal)
-            dist.all_reduce(latest, dist.ReduceOp.MAX, self.group)
+            dist.all_reduce(latest, dist.ReduceOp.MAX, self.peers)
             self.signal = int(latest)
         return self.signal > 0
 
@@ -230,7 +214,7 @@ class Stop:
             signal.signal(number, handler)
 
     def leave(self, step: int, master: bool):
-        """Ends the program, whose checkpoint is of `step`, in the way that a signal does."""
+        """Ends the program with the exit code of the signal; its checkpoint is of `step`."""
         wait()  # for the first process to have saved: the first to leave ends the others
         self.release()
         if master:
@@ -243,43 +227,118 @@ class Stop:
 
 def start_from(model: nn.Module, weights: dict, path: str, free: tuple = ()):
     """Gives the model the weights of another run; parts named in `free` may be absent or differ.
-    Raises ValueError where the others do."""
+    Raises a Mistake where the others do."""
     own = model.state_dict()
     for name in {**own, **weights}:
         if name in own and name in weights and own[name].shape == weights[name].shape:
             own[name] = weights[name]
         elif not name.startswith(free):
-            raise ValueError(f"{path} has another architecture: {name} differs; give the flags of "
-                             "the run that wrote it")
+            raise Mistake(f"{path} has another architecture: {name} differs; give the flags of "
+                          "the run that wrote it")
     model.load_state_dict(own)
+
+
+def load_parts(saved: dict, path: str, parts: dict[str, nn.Module], optimizer):
+    """Loads modules by their name in a checkpoint, and the optimizer. Raises Mistake."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        optimizer.load_state_dict(saved["optimizer"])
+        for parameter, state in optimizer.state.items():
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape:
+                raise ValueError
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        raise Mistake(f"{path} is damaged: model or optimizer do not fit") from None
+
+
+# Settings that change nothing of what is learned, and those that a run cannot go on without.
+FREE = {"out", "init_from", "accumulate", "workers", "compile", "use_window", "log_every",
+        "eval_every", "save_every", "eval_images", "eval_samples", "codes", "changed"}
+KEPT = {"data", "seed", "batch", "views", "tokenizer"}
+
+
+def resume(config, settings: dict, kind: str, parts: dict[str, nn.Module], optimizer) -> int:
+    """Loads the last checkpoint of the run, or the one before where the last is damaged. Returns
+    its step, 0 where there is none; and prints which settings are others now. Raises a Mistake for
+    another architecture, and unless --changed for other settings of those in KEPT."""
+    last = os.path.join(config.out, "last.pt")
+    paths = [path for path in (last, last + ".previous") if os.path.exists(path)]
+    need = {"step": int, "settings": dict, "optimizer": dict, **dict.fromkeys(parts, dict)}
+    for path in paths:
+        try:
+            saved = read_checkpoint(path, kind, need)
+            same = saved["config"] == asdict(parts["model"].config)
+            if same:
+                load_parts(saved, path, parts, optimizer)
+            break
+        except Mistake as error:
+            if path == paths[-1]:
+                raise
+            print(f"{error}; going on from {paths[-1]}", flush=True)
+            wait()  # for all to have read it
+            if int(os.environ.get("RANK", 0)) == 0:
+                os.replace(path, path + ".damaged")  # lest it become the one before
+    if not paths:
+        return 0
+    if not same:
+        raise Mistake(f"{path} has another architecture; give --out with another folder")
+    other = {name: (saved["settings"].get(name), value) for name, value in settings.items()
+             if saved["settings"].get(name) != value and name not in FREE}
+    text = ", ".join(f"--{name.replace('_', '-')} {new} (was {old})"
+                     for name, (old, new) in other.items())
+    if KEPT & {*other} and not config.changed:
+        raise Mistake(f"{path} was saved with other settings: {text}; give those, another --out, "
+                      "or --changed to go on all the same")
+    if other:
+        print(f"going on with other settings: {text}", flush=True)
+    return saved["step"]
+
+
+def save(config, settings: dict, kind: str, parts: dict[str, nn.Module], optimizer, step: int,
+         **more):
+    """Writes the checkpoint that `resume` reads."""
+    save_checkpoint(os.path.join(config.out, "last.pt"), {
+        **pack(kind, parts["model"]), **{name: part.state_dict() for name, part in parts.items()},
+        "optimizer": optimizer.state_dict(), "step": step, "settings": settings, **more})
+
+
+def distribute(model: nn.Module, blocks: list[nn.Module], config, world: int, on_gpu: bool):
+    """What to call in place of the model: with compiled blocks, in step with the other processes.
+    The model itself stays as it is, to be saved and averaged."""
+    if config.compile and on_gpu:
+        for block in blocks:
+            block.compile(dynamic=False)
+    if world == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def write_log(config, master: bool, **numbers):
     """In the first process, prints one line and appends the same numbers to log.jsonl."""
     if not master:
         return
+
     def brief(value) -> str:
         if isinstance(value, list):
             return " ".join(map(brief, value[:8])) + " ..." * (len(value) > 8)
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     print("  ".join(f"{name} {brief(value)}" for name, value in numbers.items()), flush=True)
-    with open(os.path.join(config.out, "log.jsonl"), "a") as file:
+    path = os.path.join(config.out, "log.jsonl")
+    with about(path), open(path, "a") as file:
         file.write(json.dumps(numbers) + "\n")
 
 
 def trim_log(config, step: int):
-    """Removes from log.jsonl what a run wrote after `step`, at which it now goes on, and what is no
-    whole line."""
+    """Removes from log.jsonl what a run wrote after `step`, at which it now goes on, and lines that
+    are no records."""
     path, kept = os.path.join(config.out, "log.jsonl"), []
     if os.path.exists(path):
-        with open(path, errors="replace") as file:
+        with about(path), open(path, errors="replace") as file:
             for line in file:
-                with contextlib.suppress(json.JSONDecodeError):
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # no record
                     kept += [line] if json.loads(line)["step"] <= step else []
-        with open(path + ".tmp", "w") as file:
-            file.writelines(kept)
-        os.replace(path + ".tmp", path)
+        write(path, lambda file: file.write("".join(kept).encode()))
 
 
 def utilisation(flops_per_second: float) -> dict:
@@ -306,8 +365,8 @@ class Shapes:
     def label(self, i: int) -> int:
         return (self.first + i) % len(self.classes)
 
-    def describe(self) -> list:
-        return [self.size, self.first, self.count]
+    def describe(self) -> str:
+        return f"{self.size} {self.first} {self.count}"
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         rng, label = np.random.default_rng((0, self.first + i)), self.label(i)
@@ -364,30 +423,48 @@ class Shapes:
 
 class Folder:
     """Images in one sub-folder a class, at any depth; the classes and the images of each in sorted
-    order. Raises ValueError if there are none."""
+    order. Hidden folders are left out. Raises a Mistake for a class without images."""
 
     def __init__(self, root: str, size: int):
-        self.size = size
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        self.items = [(path, label) for label, name in enumerate(self.classes)
-                      for path in sorted(os.path.join(folder, file) for folder, _, files
-                                         in os.walk(os.path.join(root, name)) for file in files)
-                      if path.lower().endswith(IMAGE_ENDINGS)]
-        if not self.items:
-            raise ValueError(f"no images in {root}: it must hold one sub-folder of images a class")
-        self.root = root
+        self.root, self.size, names, labels = root, size, [], []
 
-    def describe(self) -> list:
+        def refuse(error: OSError):
+            raise Mistake(f"{error.filename}: {error.strerror}")
+        with about(root):
+            self.classes = sorted(entry.name for entry in os.scandir(root)
+                                  if entry.is_dir() and not entry.name.startswith("."))
+        for label, name in enumerate(self.classes):
+            found = sorted(os.path.join(folder, file) for folder, _, files
+                           in os.walk(os.path.join(root, name), onerror=refuse) for file in files
+                           if file.lower().endswith(IMAGE_ENDINGS) and not file.startswith("."))
+            if not found:
+                raise Mistake(f"no images in {os.path.join(root, name)}, a class of its own as "
+                              "each sub-folder is; fill or remove it")
+            names += [os.fsencode(os.path.relpath(path, root)) for path in found]
+            labels += [label] * len(found)
+        if not names:
+            raise Mistake(f"no images in {root}: it must hold one sub-folder of images a class")
+        # Two blocks of memory, which the processes that load images share.
+        self.names, self.labels = np.array(names), np.array(labels, np.int32)
+
+    def some(self, chosen) -> "Folder":
+        """The same classes with a choice of the images: a slice, or a mask."""
+        part = copy.copy(self)
+        part.names, part.labels = self.names[chosen], self.labels[chosen]
+        return part
+
+    def describe(self) -> str:
         """What makes these images others than those of another folder."""
-        return [self.size] + [(os.path.relpath(path, self.root), os.path.getsize(path), label)
-                              for path, label in self.items]
+        return f"{self.size} {hashlib.sha256(self.names).hexdigest()}"
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.names)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        path, label = self.items[i]
-        return read_image(path, self.size), label
+        return read_image(self.path(i), self.size), int(self.labels[i])
 
 
 def open_data(data: str, size: int) -> tuple:
@@ -397,56 +474,53 @@ def open_data(data: str, size: int) -> tuple:
     if data == "shapes":
         return Shapes(0, 20_000, size), Shapes(1_000_000, 1_000, size)
     if not os.path.isdir(data):
-        raise FileNotFoundError(f"no folder {data}; give --data DIR with one sub-folder of images "
-                                "a class, or --preset toy for the built-in pictures")
+        raise Mistake(f"no folder {data}; give --data DIR with one sub-folder of images a class, "
+                      "or --preset toy for the built-in pictures")
     for name in ("val", "test"):
         parts = [os.path.join(data, part) for part in ("train", name)]
         if all(map(os.path.isdir, parts)):
             train, held_out = (Folder(part, size) for part in parts)
             if train.classes != held_out.classes:
-                raise ValueError(f"{parts[0]} and {parts[1]} hold different classes")
+                raise Mistake(f"{parts[0]} and {parts[1]} hold different classes")
             return train, held_out
-    train, held_out = Folder(data, size), Folder(data, size)
-    held_out.items = train.items[::100]
-    train.items = [item for i, item in enumerate(train.items) if i % 100] or held_out.items
-    return train, held_out
+    whole = Folder(data, size)
+    held_out = np.arange(len(whole)) % 100 == 0
+    return whole.some(~held_out if len(whole) > 1 else held_out), whole.some(held_out)
 
 
 def read_or_another(source, i: int) -> tuple[Image.Image, int, str]:
     """Image i and its label, or, where it cannot be read, another one that is a function of i; and
-    what was wrong with those that cannot, a line each. Raises ValueError after 100 of them."""
+    what was wrong with those that cannot, a line each. Raises a Mistake after 100 of them."""
     unreadable = []
     for attempt in range(100):
         if attempt:
             i = int(np.random.default_rng((i, attempt)).integers(len(source)))
         try:
             return *source[i], "\n".join(unreadable)
-        except (ValueError, FileNotFoundError) as error:
+        except Mistake as error:
             unreadable.append(str(error))
-    raise ValueError(f"100 images taken at random cannot be read, the last: {unreadable[-1]}")
+    raise Mistake(f"100 images taken at random cannot be read, the last: {unreadable[-1]}")
 
 
 class Unreadable:
-    """Counts images that cannot be read, among `total` or more, and names each once in a process,
-    in the output and in a file. Raises ValueError when they are more than 1 %."""
+    """Names each image that cannot be read once, in the output and in a file. Raises a Mistake when
+    they are more than 1 % of the `total` images, if these are 20 or more."""
 
-    def __init__(self, out: str, total: float):
-        self.path, self.total = os.path.join(out, "unreadable.txt"), total
-        self.known, self.seen, self.skipped = set(), 0, 0
+    def __init__(self, out: str, total: int):
+        self.path, self.total, self.known = os.path.join(out, "unreadable.txt"), total, set()
 
     def note(self, lines: list[str]):
         """Takes what `read_or_another` said of each image of a batch."""
-        self.seen += len(lines)
-        for line in [line for text in lines for line in text.splitlines()]:
-            self.skipped += 1
-            if line not in self.known:
-                self.known.add(line)
-                print(f"skipped {len(self.known)}: {line}", flush=True)
-                with open(self.path, "a") as file:
-                    file.write(line + "\n")
-        if self.skipped > 0.01 * max(self.seen, self.total):
-            raise ValueError(f"more than 1 % of the images cannot be read, {len(self.known)} so "
-                             f"far; they are listed in {self.path}")
+        for line in "\n".join(lines).splitlines():
+            if line in self.known:
+                continue
+            self.known.add(line)
+            print(f"skipped {len(self.known)}: {line}", flush=True)
+            with about(self.path), open(self.path, "a", errors="surrogateescape") as file:
+                file.write(line + "\n")
+        if self.total >= 20 and len(self.known) > 0.01 * self.total:
+            raise Mistake(f"more than 1 % of the images cannot be read, {len(self.known)} so far; "
+                          f"they are listed in {self.path}")
 
 
 def some_of(count: int, total: int) -> list[int]:
@@ -475,12 +549,14 @@ class Shuffle:
         epoch, place = divmod(position, self.count)
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = np.random.default_rng((self.seed, 1, epoch)).permutation(self.count)
+            rng = np.random.default_rng((self.seed, Purpose.ORDER, epoch))
+            self.order = rng.permutation(self.count)
         return int(self.order[place])
 
 
-class Stream(torch.utils.data.Dataset):
-    """Training images in the order of `Shuffle`, with random crops from (seed, position)."""
+class Crops(torch.utils.data.Dataset):
+    """Random crops of training images in the order of `Shuffle`; each a function of (seed,
+    position)."""
 
     def __init__(self, source, config, size: int):
         self.source, self.config, self.size = source, config, size
@@ -489,31 +565,31 @@ class Stream(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, int, int, str]:
         """Image (3, H, W), label, position, and the images that could not be read on the way."""
         image, label, unreadable = read_or_another(self.source, self.shuffle[position])
-        rng = np.random.default_rng((self.config.seed, 2, position))
+        rng = np.random.default_rng((self.config.seed, Purpose.CROP, position))
         crop = random_crop(image, self.size, self.config.resize_max, self.config.flip, rng)
         return to_tensor(crop), label, position, unreadable
 
 
 def positions(config, first_step: int, rank: int, world: int) -> Iterator[int]:
-    """Stream positions of this process from `first_step` to the end of the run."""
+    """Positions in `Shuffle` of this process from `first_step` to the end of the run."""
     share = config.batch // world
     for step in range(first_step, config.steps):
         first = step * config.batch + rank * share
         yield from range(first, first + share)
 
 
-def leave_group(worker: int):
+def shield(worker: int):
     """Called in a loader's process: signals to the group are for the training loop to decide on."""
     os.setpgrp()
 
 
-def batches(stream: Stream, config, first_step: int, rank: int, world: int, device) -> Iterator:
+def batches(crops: Crops, config, first_step: int, rank: int, world: int, device) -> Iterator:
     """Batches (images, labels, positions) of this process; `accumulate` of them are one step."""
     loader = torch.utils.data.DataLoader(
-        stream, local_batch(config, world), sampler=positions(config, first_step, rank, world),
+        crops, local_batch(config, world), sampler=positions(config, first_step, rank, world),
         num_workers=config.workers, pin_memory=device.type == "cuda", drop_last=True,
-        worker_init_fn=leave_group)
-    unreadable = Unreadable(config.out, len(stream.source) / world)
+        worker_init_fn=shield)
+    unreadable = Unreadable(config.out, len(crops.source))
     for images, labels, places, lines in loader:
         unreadable.note(lines)
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), places
@@ -522,7 +598,7 @@ def batches(stream: Stream, config, first_step: int, rank: int, world: int, devi
 # ---- Losses and the codebook ---------------------------------------------------------------------
 
 class PerceptualLoss(nn.Module):
-    """LPIPS with VGG, frozen, in eval mode and float32 (Eq. 7). Raises ValueError offline."""
+    """LPIPS with VGG, frozen, in eval mode and float32 (Eq. 7). Raises Mistake offline."""
 
     def __init__(self):
         super().__init__()
@@ -530,7 +606,7 @@ class PerceptualLoss(nn.Module):
         try:
             self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"LPIPS needs download.pytorch.org/models/vgg16-397923af.pth in "
+            raise Mistake(f"LPIPS needs download.pytorch.org/models/vgg16-397923af.pth in "
                              f"{torch.hub.get_dir()}/checkpoints ({error}); "
                              "--lpips 0 trains without") from None
 
@@ -541,14 +617,14 @@ class PerceptualLoss(nn.Module):
 
 
 class RepaLoss(nn.Module):
-    """1 - cosine to DINOv2-B/14 patch features (Sec. 4, Eq. 7). Raises ValueError offline."""
+    """1 - cosine to DINOv2-B/14 patch features (Sec. 4, Eq. 7). Raises Mistake offline."""
 
     def __init__(self):
         super().__init__()
         try:
             net = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", verbose=False)
         except (OSError, RuntimeError) as error:
-            raise ValueError("REPA needs github.com/facebookresearch/dinov2 (branch main) as "
+            raise Mistake("REPA needs github.com/facebookresearch/dinov2 (branch main) as "
                              f"{torch.hub.get_dir()}/facebookresearch_dinov2_main, and "
                              "dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/"
                              f"dinov2_vitb14_pretrain.pth in {torch.hub.get_dir()}/checkpoints "
@@ -567,13 +643,14 @@ class RepaLoss(nn.Module):
         return (1 - F.cosine_similarity(predicted.float(), features.float(), dim=-1)).mean()
 
 
-class CodebookUse:
+class CodebookUse(nn.Module):
     """How long each codebook row has gone unused, over all processes. idle: (V,) steps since it was
     used; age: (V,) steps since it was used or re-seeded."""
 
-    def __init__(self, size: int, device):
-        self.idle = torch.full((size,), 2 ** 40, device=device)              # never used yet
-        self.age = torch.zeros_like(self.idle)
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("idle", torch.full((size,), 2 ** 40))           # never used yet
+        self.register_buffer("age", torch.zeros_like(self.idle))
 
     def update(self, tokens: Tensor):
         """Counts one more step, in which this process saw `tokens` (any shape)."""
@@ -605,50 +682,49 @@ class CodebookUse:
 
 @torch.no_grad()
 def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[dict, Image.Image]:
-    """Of held-out images (B, 3, H, W): PSNR in dB of their reconstructions; for each group, the
-    losses at the time at which the sampler uses it (VQ: of the tokens up to it); for each position,
-    how many codebook rows stand there. And a picture of the first 8: the original, then the
-    previews after each group."""
-    config = model.config
-    noise = torch.randn(images.shape, generator=seeded(seed, 3)).to(images.device)
-    tokens, size = model.encode(images), config.num_tokens // config.num_groups
-    previews = [[] for _ in range(config.num_groups)]
-    flow, vq = torch.zeros(2, config.num_groups, device=images.device)
-    for part, eps, chosen in zip(images.split(64), noise.split(64), tokens.split(64)):
-        for k, preview in enumerate(model.stream(chosen.split(size, 1), eps)):
-            previews[k].append(preview)
-            u = torch.full((len(part),), k / config.num_groups, device=part.device)
-            output, share = model(part, u, eps), len(part) / len(images)
-            flow[k] += share * output.flow_loss
-            vq[k] += share * output.vq_loss
-    previews = [images] + [torch.cat(preview) for preview in previews]
-    picture = torch.stack([preview[:8] for preview in previews], 1).flatten(0, 1)
-    return ({"psnr": psnr(previews[-1], images), "flow_by_group": flow.tolist(),
-             "vq_by_group": vq.tolist(),
+    """Numbers and a picture of the reconstructions of held-out images (B, 3, H, W): PSNR in dB; for
+    each group, the losses at the time at which the sampler uses it (VQ: of the tokens up to it);
+    for each position, how many codebook rows stand there. The picture shows the first 8: the
+    original, then the previews after each group."""
+    config, parts, numbers = model.config, [], {"flow_by_group": 0.0, "vq_by_group": 0.0}
+    noise = torch.randn(images.shape, generator=seeded(seed, Purpose.EVALUATION)).to(images.device)
+    for part, eps in zip(images.split(64), noise.split(64)):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            tokens = model.encode(part)                                      # (n, N)
+            previews = [*model.stream(tokens.split(config.group_size, 1), eps)]
+            outputs = [model(part, torch.full_like(eps[:, 0, 0, 0], k / config.num_groups), eps)
+                       for k in range(config.num_groups)]
+        parts.append((tokens, torch.stack([part, *previews], 1)))            # (n, 1 + K, 3, H, W)
+        share = len(part) / len(images)
+        numbers["flow_by_group"] += share * torch.stack([o.flow_loss for o in outputs])
+        numbers["vq_by_group"] += share * torch.stack([o.vq_loss for o in outputs])
+    tokens, shown = map(torch.cat, zip(*parts))
+    return ({"psnr": psnr(shown[:, -1], images),
+             **{name: values.tolist() for name, values in numbers.items()},
              "rows_by_position": [len(column.unique()) for column in tokens.T]},
-            image_grid(picture, len(previews)))
+            image_grid(shown[:8].flatten(0, 1), shown.shape[1]))
 
 
 # ---- The run -------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None):
-    config, architecture = parse_config(PRESETS, argv)
+    config, architecture = parse_settings(PRESETS, argv, __doc__)
     if config.repa == 0:
         architecture = replace(architecture, repa_depth=0)
-    if config.repa and not architecture.repa_depth:
-        raise ValueError("--repa needs a REPA head: give --repa-depth, or --repa 0")
+    elif not architecture.repa_depth:
+        raise Mistake("--repa needs a REPA head: give --repa-depth, or --repa 0")
 
     # Processes
     rank, world, device = join_processes()
     master, on_gpu = rank == 0, device.type == "cuda"
-    local_batch(config, world)  # raises an error for numbers that do not fit
+    local_batch(config, world)  # a mistake in it comes before any work
 
     # Data
     train, held_out = open_data(config.data, architecture.image_size)
-    os.makedirs(config.out, exist_ok=True)
-    stream = Stream(train, config, architecture.image_size)
-    shown = [read_or_another(held_out, i)
-             for i in some_of(config.eval_images, len(held_out))]
+    if master:
+        lock(config.out)
+        reserve(*(os.path.join(config.out, name) for name in ("last.pt", "last.pt.previous")))
+    shown = [read_or_another(held_out, i) for i in some_of(config.eval_images, len(held_out))]
     Unreadable(config.out, len(held_out)).note([lines for _, _, lines in shown])
     shown = torch.stack([to_tensor(center_crop(image, architecture.image_size))
                          for image, _, _ in shown]).to(device)               # (n, 3, H, W)
@@ -663,7 +739,7 @@ def main(argv: list[str] | None = None):
     lpips = in_turn(PerceptualLoss).to(device) if config.lpips else None
     repa = in_turn(RepaLoss).to(device) if config.repa else None
     weights = {"flow": 1.0, "vq": config.vq, "lpips": config.lpips, "repa": config.repa}
-    use = CodebookUse(architecture.codebook_size, device)
+    use = CodebookUse(architecture.codebook_size).to(device)
 
     # Optimizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr,
@@ -671,16 +747,8 @@ def main(argv: list[str] | None = None):
                                   weight_decay=config.weight_decay, fused=True)
 
     # Resume
-    path, first_step = os.path.join(config.out, "last.pt"), 0
-    saved = load_last(path, "tokenizer", device)
-    if saved is not None:
-        if build_config(TokenizerConfig, saved["config"], path) != architecture:
-            raise ValueError(f"{path} has another architecture; give --out with another folder")
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        use.idle, use.age, first_step = saved["idle"], saved["age"], saved["step"]
-    del saved
+    parts = {"model": model, "ema": ema, "use": use}
+    first_step = resume(config, asdict(config), "tokenizer", parts, optimizer)
     if master:
         trim_log(config, first_step)
         print(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -688,16 +756,14 @@ def main(argv: list[str] | None = None):
               f"of {config.steps}, {world} x {device}", flush=True)
 
     # Compile, distribute
-    blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.diffusion.blocks]
     one = shown[:1], shown.new_zeros(1), shown[:1]
     flops = 3 * count_flops(lambda: model(*one)) if on_gpu else 0
-    if config.compile and on_gpu:
-        for block in blocks:
-            block.compile(dynamic=False)
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    ddp = distribute(model, [*model.encoder.blocks, *model.decoder.blocks,
+                             *model.diffusion.blocks], config, world, on_gpu)
 
     # Loop
-    data = batches(stream, config, first_step, rank, world, device)
+    data = batches(Crops(train, config, architecture.image_size), config, first_step, rank, world,
+                   device)
     clock, stop = Clock(config), Stop()
     for step in range(first_step, config.steps):
         last = step == config.steps - 1
@@ -706,7 +772,7 @@ def main(argv: list[str] | None = None):
 
         # All processes draw the times of the whole batch, so that each knows how many tokens count.
         u = torch.rand(config.batch, device=device,
-                       generator=seeded(config.seed, 4, step, device=device))
+                       generator=seeded(config.seed, Purpose.TIMES, step, device=device))
         counts = group_of(u, architecture.num_groups) + 1.0                  # in groups
         counts *= len(counts) / counts.sum()                                 # 1 on average
         tokens = []
@@ -714,7 +780,7 @@ def main(argv: list[str] | None = None):
             images, _, places = next(data)
             first = places[0].item() - step * config.batch
             mine = slice(first, first + len(places))  # places in this step's batch
-            noise = noise_of(config.seed, 5, places.tolist(), images.shape[1:], device)
+            noise = noise_of(config.seed, Purpose.NOISE, places.tolist(), images.shape[1:], device)
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
@@ -735,7 +801,8 @@ def main(argv: list[str] | None = None):
         update_ema(ema, model, config.ema)
         use.update(torch.cat(tokens))
         if config.reseed_after:
-            use.reseed(config.reseed_after, output.z, seeded(config.seed, 6, step, device=device),
+            use.reseed(config.reseed_after, output.z,
+                       seeded(config.seed, Purpose.RESEED, step, device=device),
                        model.quantizer.codebook, ema.quantizer.codebook)
 
         if (step + 1) % config.log_every == 0 or last:
@@ -746,21 +813,19 @@ def main(argv: list[str] | None = None):
         clock.stop()
         if master and ((step + 1) % config.eval_every == 0 or last):
             numbers, picture = evaluate(ema, shown, config.seed)
-            picture.save(os.path.join(config.out, f"reconstructions_{step + 1:06d}.png"))
+            write_picture(os.path.join(config.out, f"reconstructions_{step + 1:06d}.png"), picture)
             write_log(config, master, step=step + 1, **numbers)
         stopped = stop.asked()
         if (step + 1) % config.save_every == 0 or last or stopped:
             clock.check()
             if master:
-                save_checkpoint(path, {**pack_tokenizer(model), "ema": ema.state_dict(),
-                                       "optimizer": optimizer.state_dict(), "step": step + 1,
-                                       "idle": use.idle, "age": use.age})
+                save(config, asdict(config), "tokenizer", parts, optimizer, step + 1)
         if stopped and not last:
             stop.leave(step + 1, master)
         clock.start()
     stop.release()
     if master:
-        print(f"tokenizer: {path}")
+        print(f"tokenizer: {os.path.join(config.out, 'last.pt')}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
