@@ -274,6 +274,8 @@ class Sampler:
         self.run, self.graphs = Block.__call__, {}
         self.recorded = compiled and weight.is_cuda
         if compiled:
+            # An entry for each length of the cache and each sampler.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self.run = torch.compile(Block.forward, dynamic=False)
             self.choose = torch.compile(self.choose, dynamic=False)
         if self.recorded:  # one memory pool: the graphs never run at the same time

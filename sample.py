@@ -48,6 +48,7 @@ from model_ar import AR, SIZES, ARConfig, Count, Sampler
 from model_tokenizer import TOKENIZERS, CountOrZero, Tokenizer, TokenizerConfig, sampling_schedule
 
 Seed = Annotated[int, 0, 2 ** 63 - 1]
+SWITCHES = (bool, bool | None)  # flags that take no value: --name, --no-name
 
 
 @dataclass
@@ -57,7 +58,8 @@ class SampleConfig:
     tokenizer: str = ""              # its tokenizer, for files that do not carry one
     labels: str = ""                 # class numbers or names, a,b,c; else all
     num_images: Count = 0            # else 100; with --stream one a label; to reconstruct, all
-    cfg: str = "none"                # guidance START:END, linear over the tokens, a number, or none
+    cfg: str = ""                    # guidance START:END, linear over the tokens, a number, or
+    # none; several, A,B,C: a row or file each; else the checkpoint's
     temperature: Annotated[float, 0, 1e6] = 1.0  # 0: the most likely token
     top_k: CountOrZero = 0           # draw from the k likeliest tokens; 0: all
     top_p: Annotated[float, 1e-6, 1] = 1.0  # draw from the likeliest tokens of this probability
@@ -72,7 +74,9 @@ class SampleConfig:
     keep: str = ""                   # how many, a row each: a,b,c; else 1/8, 1/4, 1/2 of them
     reconstruct: str = ""            # folder of images to encode and decode
     npz: str = ""                    # file for the images as uint8 arr_0, which fid.py reads
+    png: str = ""                    # folder for the images as PNGs, which fid.py reads
     benchmark: bool = False          # print tokens and images a second
+    compile: bool | None = None      # torch.compile and, on CUDA, graphs; else on CUDA only
     size: Literal["", *SIZES] = ""   # with --benchmark: random weights of this size
 
 
@@ -128,11 +132,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_settings(presets: dict[str, tuple], argv: list[str] | None, text: str,
-                   short: dict[str, str] = {}) -> list:
+                   short: dict[str, str] = {}) -> tuple[list, dict]:
     """The dataclasses of the preset that --preset names (if there are several), changed by a flag
-    for each field. text: what --help says. short: another flag of a field. Raises Mistake."""
-    parser = Parser(description=text, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for each field; and what was given, by field. text: what --help says. short: another flag of a
+    field. Raises Mistake."""
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26,
+                               width=100)
+    parser = Parser(description=text, allow_abbrev=False, formatter_class=layout)
     first = next(iter(presets))
     if len(presets) > 1:
         parser.add_argument("--preset", choices=presets, default=first)
@@ -144,18 +150,18 @@ def parse_settings(presets: dict[str, tuple], argv: list[str] | None, text: str,
             help = comments(type(part)).get(field.name, "")
             if field.default or field.default is False:
                 help += f" [{field.default}]"
-            options = ({"action": argparse.BooleanOptionalAction} if field.type is bool else
+            options = ({"action": argparse.BooleanOptionalAction} if field.type in SWITCHES else
                        {"metavar": field.name.upper()[:6]})
             parser.add_argument(*flags, help=help.replace("%", "%%"), **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items()
              if value is not None}
     parts = presets[given.pop("preset", first)]
     for name, value in given.items():
-        if kinds[name] is not bool:
+        if kinds[name] not in SWITCHES:
             given[name] = from_text("--" + name.replace("_", "-"), value, kinds[name])
     try:
         return [replace(part, **{field.name: given[field.name] for field in fields(part)
-                                 if field.name in given}) for part in parts]
+                                 if field.name in given}) for part in parts], given
     except ValueError as error:  # numbers that do not fit together
         raise Mistake(str(error)) from None
 
@@ -327,6 +333,16 @@ class LongArray:
         wait()
 
 
+def write_pngs(path: str, array: LongArray, names: list[str]):
+    """Writes the images of a finished array into a folder, and removes that of the array."""
+    part = os.path.join(array.folder, "pngs")
+    for name, image in zip(names, array.rows):
+        write_picture(os.path.join(part, name), Image.fromarray(image))
+    with about(path):
+        os.replace(part, path)
+    shutil.rmtree(array.folder)
+
+
 def write_npz(path: str, array: LongArray):
     """Writes a finished array as arr_0, and removes its folder."""
     def save(file):
@@ -444,6 +460,7 @@ def read_file(path: str) -> dict:
     except Exception as error:  # torch and zipfile raise many kinds
         found = re.search(r"(?:GLOBAL |class )([\w.]+)", str(error))
         reason = f"it holds an object of {found[1]}" if found else "damaged, or another format"
+        reason += f"; {path}.previous is from before" * os.path.exists(path + ".previous")
         raise Mistake(f"{path} is no readable checkpoint: {reason}") from None
     if not isinstance(saved, dict):
         raise Mistake(f"{path} is no checkpoint: it holds no dict")
@@ -457,8 +474,10 @@ def check_weights(weights, source: str):
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise Mistake(f"{source} holds no weights: {name!r} is no tensor with a name")
-        if not value.isfinite().all():
-            raise Mistake(f"{source}: {name} is not finite")
+        with contextlib.suppress(RuntimeError):  # of sparse tensors and other odd ones
+            if value.isfinite().all():
+                continue
+        raise Mistake(f"{source}: {name} is not finite")
 
 
 def read_checkpoint(path: str, kind: str, need: dict[str, type] = {}) -> dict:
@@ -481,8 +500,9 @@ def read_checkpoint(path: str, kind: str, need: dict[str, type] = {}) -> dict:
     check_weights(saved["model"], f"{path}, model")
     if saved.get("ema") is not None:
         check_weights(saved["ema"], f"{path}, ema")
-    if kind == "ar" and [*map(type, saved["classes"])] != [str] * saved["config"]["num_classes"]:
-        raise Mistake(f"{path} is damaged: classes are not the names of config's num_classes")
+    if kind == "ar" and (len(saved["classes"]) != saved["config"].get("num_classes")
+                         or not all(isinstance(name, str) for name in saved["classes"])):
+        raise Mistake(f"{path} is damaged: classes are not the names of num_classes classes")
     return saved
 
 
@@ -542,7 +562,7 @@ def fingerprint(*models: nn.Module) -> str:
     digest = hashlib.sha256()
     for model in models:
         for value in model.state_dict().values():
-            digest.update(value.cpu().numpy())
+            digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -594,8 +614,9 @@ RELEASED_OTHER = {"diff_decoder.cfg", "diff_decoder.grad_checkpointing", "diff_d
 def translate(saved: dict, source: str) -> dict:
     """One of the authors' files, of either kind, as `read_checkpoint` gives ours. The averaged
     weights (`ema`) come first; 1 x 1 and patch convolutions become linear layers."""
-    part = next((key for key in ("ema", "model", "module", "state_dict") if saved.get(key)), None)
-    check_weights(found := saved[part] if part else saved, source)
+    found = next((saved[key] for key in ("ema", "model", "module", "state_dict")
+                  if isinstance(saved.get(key), dict)), saved)
+    check_weights(found, source)
     found = {name.replace("_orig_mod.", "").removeprefix("module."): value
              for name, value in found.items()}
     kind = "ar" if "tok_embeddings.weight" in found else "tokenizer"
@@ -609,7 +630,9 @@ def translate(saved: dict, source: str) -> dict:
     if kind == "ar":
         config = released_ar_config(weights, source)
         classes = [str(i) for i in range(config["num_classes"])]
-        return {"kind": kind, "config": config, "model": weights, "classes": classes}
+        cfg = {"cfg_start": 1.1, "cfg_end": 8.0 if config["depth"] <= 24 else 10.0}  # App. II
+        return {"kind": kind, "config": config, "model": weights, "classes": classes,
+                "settings": cfg}
     weights.pop("quantize.codebook_used", None)  # a counter of training
     config = released_tokenizer_config(saved, weights, source)
     return {"kind": kind, "config": config, "model": weights}
@@ -708,6 +731,9 @@ def join_processes() -> tuple[int, int, torch.device]:
     """Rank, number of processes and device of this process, started by torchrun or plain python."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    # Products in float32 are strict, not TF32: the quantizer's, and all that make tokens of images.
+    # What may be coarser runs in bf16; the frozen networks of the losses convolve in TF32.
+    torch.set_float32_matmul_precision("highest")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
@@ -764,12 +790,12 @@ class Pipeline:
     autocast with compiled blocks.
     """
 
-    def __init__(self, ar: AR | None, tokenizer: Tokenizer, config: SampleConfig, batch: int,
-                 device: torch.device):
+    def __init__(self, ar: AR | None, tokenizer: Tokenizer, config: SampleConfig, cfg: str,
+                 batch: int, device: torch.device):
         settings, self.on_gpu = tokenizer.config, device.type == "cuda"
-        if self.on_gpu:
-            for block in tokenizer.diffusion.blocks:
-                block.compile(dynamic=False)
+        compiled = self.on_gpu if config.compile is None else config.compile
+        for block in tokenizer.diffusion.blocks if compiled else ():
+            block.compile(dynamic=False)
         self.tokenizer, self.config, self.batch, self.device = tokenizer, config, batch, device
         self.group_size = settings.group_size
         tokens = config.tokens or settings.num_tokens
@@ -779,8 +805,8 @@ class Pipeline:
         self.groups = tokens // self.group_size
         if ar is not None:
             ar = ar.bfloat16() if self.on_gpu else ar
-            self.sampler = Sampler(ar, batch, parse_cfg(config.cfg), config.temperature,
-                                   config.top_k, config.top_p, self.group_size, self.on_gpu)
+            self.sampler = Sampler(ar, batch, parse_cfg(cfg), config.temperature,
+                                   config.top_k, config.top_p, self.group_size, compiled)
 
     def pad(self, items: list) -> list:
         """The items, the last one repeated up to a whole batch: all batches have one shape."""
@@ -830,15 +856,12 @@ class Pipeline:
 
 # ---- The modes -----------------------------------------------------------------------------------
 
-def write_grid(pipeline: Pipeline, config: SampleConfig, labels: list[int], count: int):
-    """A grid of samples, labels in turn; one column a label where there are at most ten."""
+def draw_grid(pipeline: Pipeline, labels: list[int], count: int) -> Tensor:
+    """Images (count, 3, H, W), labels in turn."""
     todo, batch = [labels[i % len(labels)] for i in range(count)], pipeline.batch
-    images = torch.cat([pipeline.images([*range(count)][first:first + batch],
-                                        todo[first:first + batch])
-                        for first in range(0, count, batch)])
-    columns = len(labels) if 1 < len(labels) <= 10 else 10
-    write_picture(config.out, image_grid(images, min(columns, count)))
-    print(config.out)
+    return torch.cat([pipeline.images([*range(count)][first:first + batch],
+                                      todo[first:first + batch])
+                      for first in range(0, count, batch)])
 
 
 def write_stream(pipeline: Pipeline, config: SampleConfig, labels: list[int]):
@@ -875,26 +898,29 @@ def write_layouts(pipeline: Pipeline, config: SampleConfig, labels: list[int], k
           "the first column is the reference")
 
 
-def write_samples(pipeline: Pipeline, config: SampleConfig, labels: list[int], count: int,
-                  rank: int, weights: str):
-    """`--npz`: each label equally often, in another order in each turn of all labels."""
+def write_samples(pipeline: Pipeline, config: SampleConfig, cfg: str, path: str,
+                  labels: list[int], count: int, rank: int, weights: str):
+    """`--npz`, `--png`: each label equally often, in another order in each turn of all labels."""
     def label(number: int) -> int:
         turn, place = divmod(number, len(labels))
         rng = np.random.default_rng((config.seed, Purpose.LABELS, turn))
         return labels[rng.permutation(len(labels))[place]]
 
     size = pipeline.tokenizer.config.image_size
-    settings = {"seed": config.seed, "labels": labels, "cfg": parse_cfg(config.cfg),
+    settings = {"seed": config.seed, "labels": labels, "cfg": parse_cfg(cfg),
                 "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
                 "groups": pipeline.groups, "steps": config.steps, "solver": config.solver,
                 "device": pipeline.device.type, "weights": weights}
-    array = LongArray(config.npz, (count, size, size, 3), np.uint8, pipeline.batch, settings)
+    array = LongArray(path, (count, size, size, 3), np.uint8, pipeline.batch, settings)
     for numbers in array.todo:
         array.fill(numbers, to_uint8(pipeline.images([*numbers], [*map(label, numbers)])))
     array.close()
+    if rank == 0 and config.npz:
+        write_npz(path, array)
+    elif rank == 0:
+        write_pngs(path, array, [f"{i:06d}_class{label(i):04d}.png" for i in range(count)])
     if rank == 0:
-        write_npz(config.npz, array)
-        print(config.npz)
+        print(path)
 
 
 def find_images(root: str) -> list[str]:
@@ -911,18 +937,18 @@ def find_images(root: str) -> list[str]:
     return paths
 
 
-def write_reconstructions(pipeline: Pipeline, config: SampleConfig, paths: list[str], rank: int,
+def write_reconstructions(pipeline: Pipeline, config: SampleConfig, files: list[str], rank: int,
                           weights: str):
     """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
     stem, size = os.path.splitext(config.out)[0], pipeline.tokenizer.config.image_size
     settings = {"seed": config.seed, "groups": pipeline.groups, "steps": config.steps,
-                "solver": config.solver, "device": pipeline.device.type, "images": paths,
+                "solver": config.solver, "device": pipeline.device.type, "images": files,
                 "weights": weights}
     names, shape = (f"{stem}_originals.npz", f"{stem}_reconstructions.npz"), (size, size, 3)
-    originals, decoded = (LongArray(name, (len(paths), *shape), np.uint8, pipeline.batch, settings)
+    originals, decoded = (LongArray(name, (len(files), *shape), np.uint8, pipeline.batch, settings)
                           for name in names)
     for numbers in decoded.todo:
-        images = [to_tensor(center_crop(read_image(paths[number], size), size))
+        images = [to_tensor(center_crop(read_image(files[number], size), size))
                   for number in numbers]
         images = torch.stack(pipeline.pad(images)).to(pipeline.device)
         tokens, count = pipeline.tokenizer.encode(images), len(numbers)
@@ -935,12 +961,12 @@ def write_reconstructions(pipeline: Pipeline, config: SampleConfig, paths: list[
             return torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2) / 127.5 - 1
 
         total = sum(psnr(tensor(decoded.rows[i:i + 1]), tensor(originals.rows[i:i + 1]))
-                    for i in range(len(paths)))
+                    for i in range(len(files)))
         pairs = torch.stack([tensor(array.rows[:20]) for array in (originals, decoded)], 1)
         write_picture(config.out, image_grid(pairs.flatten(0, 1), min(10, 2 * len(pairs))))
         for name, array in zip(names, (originals, decoded)):
             write_npz(name, array)
-        print(f"PSNR {total / len(paths):.2f} dB over {len(paths):,} images\n" + "\n".join(names)
+        print(f"PSNR {total / len(files):.2f} dB over {len(files):,} images\n" + "\n".join(names)
               + f"\n{config.out}: originals, each beside its reconstruction")
 
 
@@ -990,11 +1016,11 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
     reading = dtype.itemsize * weights / bandwidth  # seconds a step
     caching = dtype.itemsize * cache / bandwidth
     computing = 2 * weights * rows / products
+    settings = tokenizer.config
+    steps = pipeline.config.steps or settings.num_steps or settings.num_groups
+    schedule = sampling_schedule(steps, settings.num_groups, settings.beta, pipeline.groups)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        cond, noise = tokenizer.condition(tokens[:1]), pipeline.noise([0])
-        settings = tokenizer.config
-        steps = pipeline.config.steps or settings.num_steps or settings.num_groups
-        schedule = sampling_schedule(steps, settings.num_groups, settings.beta, pipeline.groups)
+        noise, cond = pipeline.noise([0]), tokenizer.condition(tokens[:1])
         flops = count_flops(lambda: tokenizer.velocity(noise, schedule[0], cond)) * len(schedule)
     name = torch.cuda.get_device_name() if pipeline.on_gpu else "CPU"
     floors = {"AR": count * max(reading + caching, computing), "decoder": batch * flops / products}
@@ -1021,7 +1047,8 @@ def parse_cfg(text: str) -> tuple[float, float] | None:
         start, end = (float(part) for part in (text.split(":") if ":" in text else [text, text]))
         if -1e4 <= start <= 1e4 and -1e4 <= end <= 1e4:
             return start, end
-    raise Mistake(f"--cfg must be START:END, one number, or none, of at most 10,000; got {text!r}")
+    raise Mistake("--cfg must be START:END, one number, or none, of at most 10,000, or several of "
+                  f"these, A,B,C; got {text!r}")
 
 
 def parse_labels(text: str, classes: list[str]) -> list[int]:
@@ -1045,13 +1072,13 @@ def parse_keep(text: str, count: int) -> list[int]:
 
 UNUSED = {  # flags that have no meaning in a mode; "": in the mode without a flag, a grid
     "stream": "steps keep size", "prefix": "num_images size", "npz": "out keep size",
-    "reconstruct": "labels cfg temperature top_k top_p keep size",
+    "png": "out keep size", "reconstruct": "labels cfg temperature top_k top_p keep size",
     "benchmark": "num_images out keep", "": "keep size"}
 
 
 def parse_args(argv: list[str] | None) -> SampleConfig:
     """The flags, checked as far as they can be without the model. Raises Mistake."""
-    config, = parse_settings({"": (SampleConfig(),)}, argv, __doc__, {"num_images": "--num"})
+    (config,), _ = parse_settings({"": (SampleConfig(),)}, argv, __doc__, {"num_images": "--num"})
     modes = [name for name in UNUSED if name and getattr(config, name)]
     if len(modes) > 1:
         raise Mistake(f"--{modes[0]} and --{modes[1]} exclude each other")
@@ -1061,11 +1088,14 @@ def parse_args(argv: list[str] | None) -> SampleConfig:
         if getattr(config, name) != getattr(SampleConfig, name):
             raise Mistake(f"--{name.replace('_', '-')} has no meaning "
                           + (f"with --{mode}" if mode else "in a grid"))
-    if "RANK" in os.environ and mode not in ("npz", "reconstruct"):
-        raise Mistake("torchrun is for --npz and --reconstruct; use python otherwise")
+    if "RANK" in os.environ and mode not in ("npz", "png", "reconstruct"):
+        raise Mistake("torchrun is for --npz, --png and --reconstruct; use python otherwise")
+    if "," in config.cfg and mode not in ("", "npz", "png"):
+        raise Mistake(f"--cfg takes one guidance with --{mode}, got {config.cfg!r}")
     if os.path.splitext(config.out)[1].lower() not in (".png", ".jpg", ".webp"):
         raise Mistake(f"--out must end in .png, .jpg or .webp, got {config.out!r}")
-    parse_cfg(config.cfg)
+    for cfg in config.cfg.split(",") if config.cfg else ():
+        parse_cfg(cfg)
     return config
 
 
@@ -1079,18 +1109,25 @@ def newest_checkpoint(kinds: tuple, folder: str = "out") -> str:
 
 
 def load_models(config: SampleConfig, device) -> tuple[AR | None, Tokenizer, list[str]]:
-    """The models and the names of the classes; to reconstruct, the tokenizer only."""
+    """The models and the names of the classes; to reconstruct, the tokenizer only. Sets --cfg to
+    the checkpoint's guidance where none was given."""
     if config.reconstruct:
         path = config.tokenizer or config.ckpt or newest_checkpoint(("ar", "tokenizer"))
         return None, load_tokenizer(path, device), []
     if config.size:
         tokenizer = Tokenizer(TOKENIZERS.get(config.size, TOKENIZERS["paper"])).eval()
-        ar = AR(SIZES[config.size]).eval()
+        ar, config.cfg = AR(SIZES[config.size]).eval(), config.cfg or "none"
         classes = [str(i) for i in range(ar.config.num_classes)]
         return ar.to(device), tokenizer.to(device), classes
     path = config.ckpt or newest_checkpoint(("ar",))
-    classes = read_checkpoint(path, "ar")["classes"]
+    saved = read_checkpoint(path, "ar", {"settings": dict})
+    classes = saved["classes"]
     parse_labels(config.labels, classes)  # mistakes come before the weights
+    if not config.cfg:
+        config.cfg = "{cfg_start}:{cfg_end}".format_map({"cfg_start": 1, "cfg_end": 1,
+                                                         **saved["settings"]})
+        parse_cfg(config.cfg)
+        print(f"guidance {config.cfg}, the checkpoint's; --cfg none turns it off", flush=True)
     tokenizer = load_tokenizer(config.tokenizer or path, device)
     ar, settings = load_ar(path, device, tokenizer.config.num_tokens), tokenizer.config
     if (ar.config.vocab_size, ar.config.num_tokens) != (settings.codebook_size,
@@ -1106,41 +1143,53 @@ def main(argv: list[str] | None = None):
     rank, _, device = join_processes()
 
     # Everything that can be wrong is looked at first
-    if config.npz and os.path.exists(config.npz):
-        raise Mistake(f"{config.npz} is there already; give --npz another name")
+    many = config.npz or config.png
     if rank == 0 and not config.benchmark:
-        reserve(config.npz or config.out)
-    paths = find_images(config.reconstruct) if config.reconstruct else []
-    paths = paths[:config.num_images or None]
+        reserve(many or config.out)
+    files = find_images(config.reconstruct) if config.reconstruct else []
+    files = files[:config.num_images or None]
     reference = read_image(config.prefix, 256) if config.prefix else None
     ar, tokenizer, classes = load_models(config, device)
     labels = parse_labels(config.labels, classes)
     kept = parse_keep(config.keep, tokenizer.config.num_tokens)
+    cfgs, (stem, ending) = config.cfg.split(","), os.path.splitext(many)
+    paths = [many] if len(cfgs) == 1 else [
+        f"{stem}_{cfg.replace(':', '-')}{ending}" for cfg in cfgs]
+    for path in paths:
+        if os.path.exists(path):
+            raise Mistake(f"{path} is there already; give another name")
 
     # Batches of about one size
-    if config.stream or config.prefix:
-        labels = labels if config.labels else labels[:10]
-    count = len(paths) or config.num_images or (len(labels) if config.stream or config.prefix
-                                                else 100)
+    few = config.stream or config.prefix or len(cfgs) > 1 and not many
+    labels = labels[:10] if few and not config.labels else labels
+    count = len(files) or config.num_images or (len(labels) if few else 100)
     if (config.stream or config.prefix) and count > config.batch:
         raise Mistake(f"--stream and --prefix draw one batch; --batch is {config.batch}, and there "
                       f"would be {count} images in it")
     batch = config.batch if config.benchmark else -(-count // -(-count // config.batch))
-    weights = fingerprint(*filter(None, (ar, tokenizer))) if config.npz or paths else ""
-    pipeline = Pipeline(ar, tokenizer, config, batch, device)
-    if config.benchmark:
-        benchmark(pipeline, ar, labels)
-    elif config.stream:
-        write_stream(pipeline, config, labels)
-    elif config.prefix:
-        size = tokenizer.config.image_size
-        write_layouts(pipeline, config, labels, kept, to_tensor(center_crop(reference, size)))
-    elif config.reconstruct:
-        write_reconstructions(pipeline, config, paths, rank, weights)
-    elif config.npz:
-        write_samples(pipeline, config, labels, count, rank, weights)
-    else:
-        write_grid(pipeline, config, labels, count)
+    weights = fingerprint(*filter(None, (ar, tokenizer))) if many or files else ""
+
+    grid = []
+    for cfg, path in zip(cfgs, paths):
+        pipeline = Pipeline(ar, tokenizer, config, cfg, batch, device)
+        if config.benchmark:
+            benchmark(pipeline, ar, labels)
+        elif config.stream:
+            write_stream(pipeline, config, labels)
+        elif config.prefix:
+            crop = center_crop(reference, tokenizer.config.image_size)
+            write_layouts(pipeline, config, labels, kept, to_tensor(crop))
+        elif config.reconstruct:
+            write_reconstructions(pipeline, config, files, rank, weights)
+        elif many:
+            write_samples(pipeline, config, cfg, path, labels, count, rank, weights)
+        else:
+            grid.append(draw_grid(pipeline, labels, count))
+    if grid:  # several guidances: a row each; else up to ten labels: a column each
+        columns = len(labels) if 1 < len(labels) <= 10 else 10
+        columns = count if len(grid) > 1 else min(columns, count)
+        write_picture(config.out, image_grid(torch.cat(grid), columns))
+        print(config.out)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model_ar import AR, SIZES, Share
-from model_tokenizer import Count, Tokenizer
+from model_tokenizer import Count, CountOrZero, Tokenizer
 from sample import (LongArray, Mistake, Purpose, Seed, center_crop, count_flops, fingerprint,
                     image_grid, join_processes, load_ar, load_tokenizer, lock, pack,
                     parse_settings, reserve, resize_shorter, run, seed_of, seeded, to_tensor, wait,
@@ -32,7 +32,7 @@ from sample import (LongArray, Mistake, Purpose, Seed, center_crop, count_flops,
 from train_tokenizer import (Clock, Shuffle, Steps, StepsOrNone, Stop, Unreadable, Weight,
                              distribute, learning_rate, local_batch, open_data, positions,
                              read_or_another, resume, save, shield, some_of, start_from, trim_log,
-                             update_ema, utilisation, write_log)
+                             update_ema, utilisation, with_accumulate, write_log)
 
 
 @dataclass
@@ -47,7 +47,8 @@ class TrainConfig:
     views: Literal[1, 2, 10] = 10    # crops of each image; 2: centre, mirrored; 1: centre (RandAR)
     steps: Steps = 375_000           # 300 epochs of ImageNet (Sec. 5)
     batch: Count = 1024              # images a step, over all processes (Sec. 5)
-    accumulate: Count = 1            # backward passes a step; `batch` stays what it is
+    accumulate: CountOrZero = 0      # backward passes a step, for the same `batch`; 0: as many as
+    # the GPU's memory needs
     lr: Annotated[float, 0, 1] = 4e-4  # (Sec. 5)
     lr_final: Annotated[float, 0, 1] = 1e-5  # learning rate at the end of `decay_steps` (Sec. 5)
     warmup_steps: StepsOrNone = 0    # linear rise of the learning rate
@@ -62,7 +63,7 @@ class TrainConfig:
     cfg_start: Annotated[float, -1e4, 1e4] = 1.1  # guidance of pictures, first token (App. II)
     cfg_end: Annotated[float, -1e4, 1e4] = 8.0  # guidance of pictures, last token (App. II)
     workers: Annotated[int, 0, 256] = 8  # processes that load images while tokens are written
-    compile: bool = True             # torch.compile the transformer blocks; CUDA only
+    compile: bool | None = None      # torch.compile the transformer blocks; else on CUDA only
     seed: Seed = 0
     log_every: Steps = 100           # steps between log lines
     eval_every: Steps = 5000         # steps between pictures and held-out loss
@@ -214,18 +215,33 @@ def draw_samples(model: AR, tokenizer: Tokenizer, config: TrainConfig) -> Image.
 # ---- The run -------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None):
-    config, = parse_settings(PRESETS, argv, __doc__)
+    (config,), given = parse_settings(PRESETS, argv, __doc__)
 
     # Processes
     rank, world, device = join_processes()
-    master, on_gpu, micro = rank == 0, device.type == "cuda", local_batch(config, world)
+    master, on_gpu = rank == 0, device.type == "cuda"
+    local_batch(config, world)  # a mistake in it comes before any work
 
-    # Data: the tokens of all images, and of some held-out ones
+    # Tokenizer, data, model
     tokenizer = load_tokenizer(config.tokenizer, device)
     size, count = tokenizer.config.image_size, tokenizer.config.num_tokens
     train, held_out = open_data(config.data, size)
     if max(tokenizer.config.codebook_size, len(train.classes)) > 2 ** 16:
         raise Mistake("tokens and labels are kept as uint16: at most 65,536 of them")
+    start = load_ar(config.init_from, device, count) if config.init_from else None
+    if start is not None and "size" in given:
+        raise Mistake("--size has no meaning with --init-from, whose file decides on it")
+    architecture = replace(start.config if start else SIZES[config.size], num_tokens=count,
+                           vocab_size=tokenizer.config.codebook_size, dropout=config.dropout,
+                           num_classes=len(train.classes))
+    torch.manual_seed(config.seed)
+    model = AR(architecture).to(device)
+    if start is not None:  # other classes start anew
+        start_from(model, start.state_dict(), config.init_from, ("class_embedding.",))
+    del start
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+
+    # The tokens of all images, and of some held-out ones
     if master:
         lock(config.out)
         reserve(*(os.path.join(config.out, name) for name in ("last.pt", "last.pt.previous")))
@@ -237,17 +253,6 @@ def main(argv: list[str] | None = None):
                        Unreadable(config.out, len(held_out)))]
     val = torch.from_numpy(np.concatenate(val).astype(np.int64)).to(device)
     val_labels, val_tokens = val[:, 0], val[:, 1:]                           # (n,), (n, N)
-
-    # Model and its running average
-    architecture = replace(SIZES[config.size], num_tokens=count, dropout=config.dropout,
-                           vocab_size=tokenizer.config.codebook_size,
-                           num_classes=len(train.classes))
-    torch.manual_seed(config.seed)
-    model = AR(architecture).to(device)
-    if config.init_from:  # other classes start anew
-        start_from(model, load_ar(config.init_from, device, count).state_dict(), config.init_from,
-                   ("class_embedding.",))
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
 
     # Optimizer
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -266,8 +271,13 @@ def main(argv: list[str] | None = None):
               f"training images in {len(train.classes)} classes, step {first_step} of "
               f"{config.steps}, {world} x {device}", flush=True)
 
-    # Compile, distribute
-    flops = 3 * count_flops(lambda: model(val_labels[:1], val_tokens[:1])) if on_gpu else 0
+    # Memory, compile, distribute
+    def one_loss(n: int) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            return token_loss(model, val_labels[:1].expand(n), val_tokens[:1].expand(n, -1))[0]
+
+    config = with_accumulate(config, one_loss, model, world, device)
+    flops = 3 * count_flops(lambda: one_loss(1)) if on_gpu else 0
     ddp = distribute(model, [*model.blocks], config, world, on_gpu)
 
     # Loop
@@ -280,7 +290,7 @@ def main(argv: list[str] | None = None):
 
         # All processes draw for the whole batch which labels give way to the null class.
         dropped = torch.rand(config.batch, generator=seeded(config.seed, Purpose.NULL_CLASS, step))
-        dropped = (dropped < config.class_dropout).view(world, config.accumulate, micro)[rank]
+        dropped = (dropped < config.class_dropout).view(world, config.accumulate, -1)[rank]
         torch.manual_seed(seed_of(config.seed, Purpose.DROPOUT, step, rank))
         for part in range(config.accumulate):
             labels, tokens = (batch.to(device) for batch in next(data))
@@ -297,7 +307,7 @@ def main(argv: list[str] | None = None):
         update_ema(ema, model, config.ema)
 
         if (step + 1) % config.log_every == 0 or last:
-            means = clock.read()
+            means = clock.read(step + 1)
             write_log(config, master, step=step + 1, **means, lr=learning_rate(step, config),
                       **utilisation(means["images_per_s"] * flops / world))
         clock.stop()

@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Annotated, Iterator
+from typing import Annotated, Callable, Iterator
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model_ar import Share
-from model_tokenizer import TOKENIZERS, Count, Tokenizer, group_of
-from sample import (IMAGE_ENDINGS, Mistake, Purpose, Seed, about, center_crop, count_flops,
+from model_tokenizer import (TOKENIZERS, Count, CountOrZero, Tokenizer, TokenizerConfig,
+                             TrainOutput, group_of)
+from sample import (IMAGE_ENDINGS, Mistake, Purpose, Seed, about, build, center_crop, count_flops,
                     image_grid, join_processes, load_tokenizer, lock, noise_of, pack,
                     parse_settings, peak_memory, psnr, read_checkpoint, read_image, reserve,
                     resize_shorter, run, save_checkpoint, seeded, to_tensor, wait, write,
@@ -51,7 +52,8 @@ class TrainConfig:
     data: str = "data/imagenet"      # folder of images, or "shapes": the built-in pictures
     steps: Steps = 210_000           # (Sec. 5)
     batch: Count = 1024              # images a step, over all processes (Sec. 5)
-    accumulate: Count = 1            # backward passes a step; `batch` stays what it is
+    accumulate: CountOrZero = 0      # backward passes a step, for the same `batch`; 0: as many as
+    # the GPU's memory needs
     lr: Annotated[float, 0, 1] = 2e-4  # (Sec. 5; constant after warm-up)
     lr_final: Annotated[float, 0, 1] = 2e-4  # learning rate at the end of `decay_steps`
     warmup_steps: StepsOrNone = 500  # linear rise of the learning rate (released code)
@@ -69,7 +71,7 @@ class TrainConfig:
     resize_max: Annotated[float, 1, 8] = 1.25  # random crops: shorter side up to this x image_size
     flip: bool = True                # mirror half of the images (Sec. 5)
     workers: Annotated[int, 0, 256] = 8  # processes that load images, for each training process
-    compile: bool = True             # torch.compile the transformer blocks; CUDA only
+    compile: bool | None = None      # torch.compile the transformer blocks; else on CUDA only
     seed: Seed = 0
     use_window: Steps = 100          # steps over which the logged codebook use is taken
     log_every: Steps = 100           # steps between log lines
@@ -108,11 +110,45 @@ def in_turn(build):
 
 def local_batch(config, world: int) -> int:
     """Images in one backward pass of one process. Raises Mistake where they do not divide."""
-    parts = world * config.accumulate
+    parts = world * max(config.accumulate, 1)
     if config.batch % parts:
         raise Mistake(f"--batch {config.batch} cannot be split over {world} processes x "
-                      f"--accumulate {config.accumulate}; give a multiple of {parts}")
+                      f"--accumulate {parts // world}; give a multiple of {parts}")
     return config.batch // parts
+
+
+def kept_bytes(loss: Callable[[int], Tensor]) -> tuple[int, int]:
+    """Bytes kept for the backward pass of loss(n), of n images: of each image, and besides."""
+    def count(n: int) -> int:
+        kept = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            result = loss(n)  # which keeps them, so that no two have one address
+        del result
+        return sum(kept.values())
+
+    one, two = count(1), count(2)
+    return two - one, 2 * one - two
+
+
+def with_accumulate(config, loss: Callable[[int], Tensor], model: nn.Module, world: int, device):
+    """The settings, with the backward passes that 80 % of the GPU's memory needs, if they are to be
+    chosen: for weights, gradients, their average and the optimizer's two, and what `loss` keeps."""
+    if config.accumulate or device.type != "cuda":
+        return replace(config, accumulate=config.accumulate or 1)
+    image, besides = kept_bytes(loss)
+    besides += 20 * sum(p.numel() for p in model.parameters())
+    total = torch.cuda.get_device_properties(device).total_memory
+    most = max(1, int((0.8 * total - besides) / image))
+    share = config.batch // world
+    micro = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"--accumulate {share // micro}: {micro} images at a time, {image / 1e6:.0f} MB each "
+              f"and {besides / 1e9:.1f} GB besides, in {total / 1e9:.0f} GB", flush=True)
+    return replace(config, accumulate=share // micro)
 
 
 def learning_rate(step: int, config) -> float:
@@ -169,8 +205,9 @@ class Clock:
                           f"process {rank}; stopped. The last checkpoint in {self.config.out} "
                           "is from before; a smaller --lr may help")
 
-    def read(self) -> dict[str, float]:
-        """Means over passes and processes, images a second and peak memory; then starts anew."""
+    def read(self, step: int) -> dict[str, float]:
+        """Means over passes and processes, images a second, hours from `step` to the end of the
+        run, and peak memory; then starts anew."""
         self.check()
         means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
         if dist.is_initialized():
@@ -181,7 +218,8 @@ class Clock:
         rate = self.counts["gradient"] * self.config.batch / self.seconds
         self.sums, self.counts, self.wrong, self.seconds = {}, {}, {}, 0.0
         self.start()
-        return {**means, "images_per_s": rate, "memory_gb": peak_memory()}
+        left = (self.config.steps - step) * self.config.batch / rate / 3600
+        return {**means, "images_per_s": rate, "hours_left": left, "memory_gb": peak_memory()}
 
 
 class Stop:
@@ -233,8 +271,7 @@ def start_from(model: nn.Module, weights: dict, path: str, free: tuple = ()):
         if name in own and name in weights and own[name].shape == weights[name].shape:
             own[name] = weights[name]
         elif not name.startswith(free):
-            raise Mistake(f"{path} has another architecture: {name} differs; give the flags of "
-                          "the run that wrote it")
+            raise Mistake(f"{path} has another architecture: {name} differs")
     model.load_state_dict(own)
 
 
@@ -305,7 +342,8 @@ def save(config, settings: dict, kind: str, parts: dict[str, nn.Module], optimiz
 def distribute(model: nn.Module, blocks: list[nn.Module], config, world: int, on_gpu: bool):
     """What to call in place of the model: with compiled blocks, in step with the other processes.
     The model itself stays as it is, to be saved and averaged."""
-    if config.compile and on_gpu:
+    if on_gpu if config.compile is None else config.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would split what is compiled by blocks
         for block in blocks:
             block.compile(dynamic=False)
     if world == 1:
@@ -512,7 +550,7 @@ class Unreadable:
     def note(self, lines: list[str]):
         """Takes what `read_or_another` said of each image of a batch."""
         for line in "\n".join(lines).splitlines():
-            if line in self.known:
+            if not line or line in self.known:
                 continue
             self.known.add(line)
             print(f"skipped {len(self.known)}: {line}", flush=True)
@@ -643,6 +681,17 @@ class RepaLoss(nn.Module):
         return (1 - F.cosine_similarity(predicted.float(), features.float(), dim=-1)).mean()
 
 
+def losses_of(output: TrainOutput, images: Tensor, lpips: PerceptualLoss | None,
+              repa: RepaLoss | None) -> dict[str, Tensor]:
+    """The parts of Eq. 7, without their weights; without the networks that are None."""
+    losses = {"flow": output.flow_loss, "vq": output.vq_loss}
+    if lpips is not None:
+        losses["lpips"] = lpips(output.images, images)
+    if repa is not None:
+        losses["repa"] = repa(output.repa, images)
+    return losses
+
+
 class CodebookUse(nn.Module):
     """How long each codebook row has gone unused, over all processes. idle: (V,) steps since it was
     used; age: (V,) steps since it was used or re-seeded."""
@@ -708,7 +757,11 @@ def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[dict, Image.I
 # ---- The run -------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None):
-    config, architecture = parse_settings(PRESETS, argv, __doc__)
+    (config, architecture), given = parse_settings(PRESETS, argv, __doc__)
+    start = load_tokenizer(config.init_from) if config.init_from else None
+    if start is not None:  # it decides on the architecture, but for what is said
+        own = {name: given[name] for name in given if hasattr(architecture, name)}
+        architecture = build(TokenizerConfig, {**asdict(start.config), **own}, config.init_from)
     if config.repa == 0:
         architecture = replace(architecture, repa_depth=0)
     elif not architecture.repa_depth:
@@ -732,9 +785,8 @@ def main(argv: list[str] | None = None):
     # Model, its running average, and the losses outside it
     torch.manual_seed(config.seed)
     model = Tokenizer(architecture).to(device)
-    if config.init_from:
-        start_from(model, load_tokenizer(config.init_from, device).state_dict(), config.init_from,
-                   ("repa_head.",))
+    if start is not None:
+        start_from(model, start.state_dict(), config.init_from, ("repa_head.",))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     lpips = in_turn(PerceptualLoss).to(device) if config.lpips else None
     repa = in_turn(RepaLoss).to(device) if config.repa else None
@@ -755,9 +807,15 @@ def main(argv: list[str] | None = None):
               f"{len(train):,} training images in {len(train.classes)} classes, step {first_step} "
               f"of {config.steps}, {world} x {device}", flush=True)
 
-    # Compile, distribute
-    one = shown[:1], shown.new_zeros(1), shown[:1]
-    flops = 3 * count_flops(lambda: model(*one)) if on_gpu else 0
+    # Memory, compile, distribute
+    def one_loss(n: int) -> Tensor:
+        images = shown[:1].expand(n, -1, -1, -1).clone()
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            output = model(images, images.new_zeros(n), images)
+            return sum(losses_of(output, images, lpips, repa).values())
+
+    config = with_accumulate(config, one_loss, model, world, device)
+    flops = 3 * count_flops(lambda: one_loss(1)) if on_gpu else 0
     ddp = distribute(model, [*model.encoder.blocks, *model.decoder.blocks,
                              *model.diffusion.blocks], config, world, on_gpu)
 
@@ -785,12 +843,8 @@ def main(argv: list[str] | None = None):
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 output = ddp(images, u[mine], noise)
-                losses = {"flow": output.flow_loss,
-                          "vq": output.vq_loss * counts[mine].mean()}
-                if lpips is not None:
-                    losses["lpips"] = lpips(output.images, images)
-                if repa is not None:
-                    losses["repa"] = repa(output.repa, images)
+                losses = losses_of(output, images, lpips, repa)
+                losses["vq"] = losses["vq"] * counts[mine].mean()
                 loss = sum(weights[name] * value for name, value in losses.items())          # Eq. 7
             (loss / config.accumulate).backward()
             tokens.append(output.tokens)
@@ -806,7 +860,7 @@ def main(argv: list[str] | None = None):
                        model.quantizer.codebook, ema.quantizer.codebook)
 
         if (step + 1) % config.log_every == 0 or last:
-            means = clock.read()
+            means = clock.read(step + 1)
             write_log(config, master, step=step + 1, **means, lr=learning_rate(step, config),
                       codebook=use.share(config.use_window),
                       **utilisation(means["images_per_s"] * flops / world))
