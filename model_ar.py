@@ -24,8 +24,8 @@ Positive = Annotated[float, 1e-9, 1e9]
 
 @dataclass
 class ARConfig:
-    """Architecture; changing any field but the dropout invalidates weights. Raises ValueError for
-    numbers that do not fit together."""
+    """Architecture. Trained weights fit other values of `num_tokens` and `dropout` only. Raises
+    ValueError for numbers that do not fit together."""
     depth: Annotated[int, 1, 999] = 24
     width: Count = 1024              # D
     heads: Count = 16                # h
@@ -82,7 +82,7 @@ class RMSNorm(nn.Module):
 
 
 class Past(NamedTuple):
-    """What one block remembers, and where its next input stands. n: positions of the input."""
+    """What one block remembers, and where its input of n positions stands."""
     k: Tensor      # (B, h, N, d) keys, written in place
     v: Tensor      # (B, h, N, d) values, likewise
     pos: Tensor    # (n,) int64, positions of the input
@@ -205,8 +205,8 @@ class AR(nn.Module):
     def generate(self, labels: Tensor, cfg: tuple[float, float] | None = None,
                  prefix: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
                  top_p: float = 1.0, uniforms: Tensor | None = None) -> Tensor:
-        """Tokens (B, N) int64 of class labels (B,) int64: see `Sampler`, which keeps its memory and
-        compiled code from batch to batch."""
+        """Tokens (B, N) int64 of class labels (B,) int64, from a fresh `Sampler`, where the other
+        arguments are explained; keep one for many batches. The model should be in eval mode."""
         sampler = Sampler(self, len(labels), cfg, temperature, top_k, top_p)
         return torch.cat([*sampler.chunks(labels, prefix, uniforms)], 1)
 
@@ -234,7 +234,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-    # Summed as integers: the same on every device, in whatever order it adds.
+    # Integers add up to the same in any order, so that a GPU draws the same each time.
     sums = (probabilities * 2 ** 30).long().cumsum(-1)                       # (B, V)
     total = sums[:, -1:]
     passed = (uniforms * total).long().minimum(total - 1)                    # (B, 1)
@@ -251,8 +251,8 @@ class Sampler:
     cfg: (start, end): classifier-free guidance, whose scale runs linearly from start at the first
     token to end at the last; None: no guidance, and none of its cost. temperature: 0 is greedy.
     top_k, top_p: 0 and 1 keep all tokens. chunk: tokens given at a time; the part of the cache that
-    is read grows by as much, but in at most eight steps. compiled: compile a block, and the draw
-    with guidance; on CUDA, record the step. Raises ValueError.
+    is read grows by as much, but at most eight times. compiled: compile the blocks and the draw;
+    on CUDA, record the step too. Raises ValueError for another form of cfg.
     """
 
     def __init__(self, model: AR, batch: int, cfg: tuple[float, float] | None = None,
@@ -269,7 +269,7 @@ class Sampler:
         self.tokens = torch.zeros(batch, count, dtype=torch.long, device=weight.device)  # (B, N)
         self.uniforms = torch.zeros(batch, count, device=weight.device)      # (B, N) of each token
         self.token = torch.zeros_like(self.tokens[:, 0])                     # (B,) the last one
-        self.pos = torch.zeros_like(self.tokens[0, :1])                      # (1,) its position
+        self.pos = torch.zeros_like(self.tokens[0, :1])                      # (1,) its number
         self.bucket = max(chunk, -(-count // 8))  # by which the read part of the cache grows
         self.run, self.graphs = Block.__call__, {}
         self.recorded = compiled and weight.is_cuda
@@ -281,13 +281,13 @@ class Sampler:
         if self.recorded:  # one memory pool: the graphs never run at the same time
             self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
-    def predict(self, x: Tensor, pos: Tensor, length: int, run: Callable):
+    def advance(self, x: Tensor, pos: Tensor, length: int, run: Callable):
         """Draws the token after embeddings x (B or 2B, n, D) at positions pos (n,)."""
         x = self.model.trunk(x, self.rope[:, pos], self.cache.at(pos, length), run)
         self.choose(self.model.head(x[:, -1]).float())
 
     def choose(self, logits: Tensor):
-        """Draws from logits (B or 2B, V), under guidance."""
+        """Draws from logits (B or 2B, V), under guidance, and keeps the token."""
         if self.guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + self.scales[self.pos] * (cond - uncond)        # (B, V)
@@ -299,7 +299,7 @@ class Sampler:
         """Moves on by one token; the cache is read up to `length`."""
         self.pos.add_(1)
         x = self.model.token_embedding(self.token)[:, None]                  # (B, 1, D)
-        self.predict(torch.cat([x, x]) if self.guided else x, self.pos, length, self.run)
+        self.advance(torch.cat([x, x]) if self.guided else x, self.pos, length, self.run)
 
     def begin(self, labels: Tensor, prefix: Tensor):
         """Reads labels (B,) and prefix (B, n), n < N, and draws token n."""
@@ -311,7 +311,7 @@ class Sampler:
             prefix = torch.cat([prefix, prefix])
         pos = torch.arange(n + 1, device=labels.device)
         # Once a batch, of another length each time: not worth compiling.
-        self.predict(self.model.embed(labels, prefix), pos, n + 1, Block.__call__)
+        self.advance(self.model.embed(labels, prefix), pos, n + 1, Block.__call__)
 
     def replay(self, length: int):
         """`step`, from a CUDA graph that the first call for this length records."""
@@ -319,7 +319,7 @@ class Sampler:
             begun, current = (self.pos.clone(), self.token.clone()), torch.cuda.current_stream()
             self.side.wait_stream(current)
             with torch.cuda.stream(self.side):  # compiles and warms up, where it will be recorded
-                for _ in range(3):
+                for _ in range(3):  # as often as torch's own make_graphed_callables
                     self.step(length)
                     self.pos.copy_(begun[0])
                     self.token.copy_(begun[1])

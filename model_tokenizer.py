@@ -2,18 +2,20 @@
 
 A transformer encodes the image into N query tokens, and each is replaced by its nearest codebook
 row (Eq. 1). A causal transformer turns the rows into condition tokens c_1 ... c_N, cut into K
-groups. A pixel-space flow-matching transformer then denoises the image in K steps, and step k sees
-group k only. Early tokens thus carry what early (noisy) steps need: layout and colour; late tokens
-carry detail. Reading the tokens one after another *is* running the diffusion.
+groups; c_i depends on the tokens up to i. A pixel-space flow-matching transformer then denoises the
+image in K steps, and step k reads the condition tokens of group k. Early tokens thus carry what
+early (noisy) steps need: layout and colour; late tokens carry detail. Reading the tokens one after
+another *is* running the diffusion.
 
-    image (B, 3, H, W) -> Encoder -> z (B, N, 8) -> Quantizer -> tokens (B, N), codes (B, N, 8)
-    codes (B, N, 8) -> CausalDecoder -> cond (B, N, D), in K groups of (B, N/K, D)
+    image (B, 3, H, W) -> Encoder -> z (B, N, C) -> Quantizer -> tokens (B, N), codes (B, N, C)
+    codes (B, N, C) -> CausalDecoder -> cond (B, N, D), in K groups of (B, N/K, D)
     x_t (B, 3, H, W), t (B,), one group of cond -> DiffusionDecoder -> velocity (B, 3, H, W)
 
-Letters: B batch, H and W pixels, L image patches, N tokens, K groups, D width, V codebook size,
-d head width, h heads. Images are RGB in [-1, 1]. Flow time t: t = 0 is noise, t = 1 is the image;
-u is the time before the shift of Eq. 8. "Sec." and "Eq." are the paper's; "released code" is the
-authors' public release.
+Letters: B batch, H and W pixels, p pixels a side of a patch, L patches and D width of the part at
+hand, N tokens, K groups, V codebook size, C code width, h heads, d head width. Images are RGB in
+[-1, 1]. Flow time t: t = 0 is noise x0, t = 1 is the image x1; u is the time before the shift of
+Eq. 8. "Sec.", "Eq." and "App." are of the paper, arxiv.org/abs/2505.23660; "released code" is the
+authors' public release. Eq. 6 is in model_ar.py, Eq. 7 in train_tokenizer.py.
 """
 import functools
 import math
@@ -28,13 +30,13 @@ from torch import Tensor, nn
 Count = Annotated[int, 1, 2 ** 20]
 Depth = Annotated[int, 1, 999]
 CountOrZero = Annotated[int, 0, 2 ** 20]
-Positive = Annotated[float, 1e-6, 1e6]
+Positive = Annotated[float, 1e-9, 1e9]
 
 
 @dataclass
 class TokenizerConfig:
-    """Architecture. Weights belong to one setting of it; only `image_size` and `num_steps` may be
-    changed later. Raises ValueError for numbers that do not fit together."""
+    """Architecture and constants of the method. Trained weights fit other values of `image_size`
+    and `num_steps` only. Raises ValueError for numbers that do not fit together."""
     image_size: Count = 256         # pixels a side (Sec. 5)
     num_tokens: Count = 256         # N, query tokens an image (Sec. 4)
     num_groups: Count = 8           # K, groups = denoising steps (Sec. 4, Table 5 of the appendix)
@@ -88,8 +90,8 @@ TOKENIZERS = {
     # none after the paper's REPA tap at 8, so the head reads after block 6.
     "light": TokenizerConfig(encoder_width=512, decoder_width=512, diffusion_width=512,
                              diffusion_depth=8, repa_depth=6),
-    # For the built-in pictures: 8 groups of 4 tokens, trained on a CPU in minutes. At width 96,
-    # linear layers that start at 0.02 pass so little on that the tokens stay empty for long.
+    # For the built-in pictures, trained on a CPU in minutes. Narrow layers whose weights start at
+    # 0.02 weaken the signal so much that for long the tokens tell nothing: hence other init_std.
     "toy": TokenizerConfig(image_size=24, num_tokens=32, codebook_size=512, patch_size=6,
                            encoder_width=96, encoder_depth=3, decoder_width=96, decoder_depth=2,
                            diffusion_width=96, diffusion_depth=4, diffusion_patch=4, head_dim=16,
@@ -103,16 +105,16 @@ TOKENIZERS = {
 
 # ---- The rules: time, groups, interpolation ------------------------------------------------------
 
-def shift_time(u, beta: float):
-    """Flow time t of uniform time u, Eq. 8. u: float or tensor in [0, 1]. beta > 1: denser at 0."""
+def shift_time(u: Tensor, beta: float) -> Tensor:
+    """Flow times t of uniform times u in [0, 1]. Eq. 8. beta > 1: more of them near t = 0."""
     return u / (u + beta * (1 - u))
 
 
 def group_of(u: Tensor, num_groups: int) -> Tensor:
     """The groups of tokens, 0 ... K - 1, that condition uniform times u in [0, 1]. Eq. 5.
 
-    The released code rounds uK where the paper takes ceil(uK): each group is trained around the one
-    time at which the K-step sampler uses it.
+    The paper cuts, ceil(uK). We round, as the released code does: each group is trained around the
+    one time at which the K-step sampler uses it. The first gets 1/2K of all times, the last 3/2K.
     """
     return (u * num_groups + 0.5).long().clamp(max=num_groups - 1)
 
@@ -124,7 +126,7 @@ def interpolate(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
 
 
 def jump(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """Where velocity v leads from x_t, both (B, 3, H, W), if followed from t (B,) to t = 1."""
+    """Estimate of x1: x_t moved along velocity v, both (B, 3, H, W), from t (B,) to t = 1."""
     return x + (1 - t[:, None, None, None]) * v
 
 
@@ -143,7 +145,8 @@ def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> 
     u = torch.arange(steps, dtype=torch.float64, device="cpu") / steps
     u = u[group_of(u, num_groups) < groups]                                  # (n,)
     times = [*shift_time(u, beta).tolist(), 1.0]
-    return [*map(Step, times, times[1:], group_of(u, num_groups).tolist())]
+    return [Step(t, t_next, group) for t, t_next, group
+            in zip(times, times[1:], group_of(u, num_groups).tolist())]
 
 
 def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solver: str) -> Tensor:
@@ -160,9 +163,9 @@ def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solve
 # ---- Attention -----------------------------------------------------------------------------------
 
 def to_patches(images: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
-    """Patches (B, L, C * patch * patch) of images (B, C, H, W), row by row, in channel-row-column
-    order within; and the grid they form, (H / patch, W / patch)."""
-    patches = F.pixel_unshuffle(images, patch)                               # (B, C p p, H/p, W/p)
+    """Patches (B, L, 3 p p) of images (B, 3, H, W), row by row, in channel-row-column order within;
+    and the grid they form, (H/p, W/p). patch: p."""
+    patches = F.pixel_unshuffle(images, patch)                               # (B, 3 p p, H/p, W/p)
     return patches.flatten(2).transpose(1, 2), patches.shape[2:]
 
 
@@ -188,14 +191,16 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
-    """Attention over [prefix, sequence], q, k, v (B, h, L, d): the prefix sees the whole prefix,
-    a position of the sequence sees the prefix and the positions up to its own. Two calls without
-    a mask, both fit for flash kernels."""
-    sequence = F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, prefix:]
-    if prefix == 0:
-        return sequence
-    q, k, v = q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix]
-    return torch.cat([F.scaled_dot_product_attention(q, k, v), sequence], 2)
+    """Attention of q, k, v (B, h, L, d). The first `prefix` positions see one another, each later
+    one sees all up to its own: prefix 0 is causal attention, L is full attention. No mask is
+    needed, so flash kernels serve; the encoder computes its prefix twice for that."""
+    parts = []
+    if prefix > 0:
+        parts = [F.scaled_dot_product_attention(q[:, :, :prefix], k[:, :, :prefix],
+                                                v[:, :, :prefix])]
+    if prefix < q.shape[2]:
+        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, prefix:])
+    return torch.cat(parts, 2)
 
 
 class Attention(nn.Module):
@@ -214,16 +219,13 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))                        # (B, L, D)
 
     def forward(self, x: Tensor, rope: Tensor | None, prefix: int) -> Tensor:
-        """Self-attention of x (B, L, D), rotated if there is a rope (2, L, d/2), in the pattern of
-        `prefix_attention`; with prefix = L, every position sees every other."""
+        """`prefix_attention` of x (B, L, D), its queries and keys rotated if there is a rope
+        (2, L, d/2)."""
         q, k = self.q_norm(self.heads(self.q(x))), self.k_norm(self.heads(self.k(x)))
         v = self.heads(self.v(x))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if prefix == x.shape[1]:
-            return self.merge(F.scaled_dot_product_attention(q, k, v))
-        return self.merge(prefix_attention(q, k, v, prefix))
+        return self.merge(prefix_attention(q.to(v.dtype), k.to(v.dtype), v, prefix))
 
     def cross(self, x: Tensor, context: Tensor, rope: Tensor) -> Tensor:
         """Attention of x (B, L, D), rotated, to context (B, M, D), unrotated: (B, L, D)."""
@@ -259,7 +261,7 @@ class Block(nn.Module):
 # ---- Image to tokens -----------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) -> z (B, N, code_dim), one vector a query token. Eq. 1, Sec. 3.1."""
+    """Images (B, 3, H, W) -> z (B, N, C), one vector a query token. Eq. 1, Sec. 3.1."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -274,7 +276,7 @@ class Encoder(nn.Module):
         self.to_code = nn.Linear(width, config.code_dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        patches, grid = to_patches(images, self.patch)                       # (B, L, 768)
+        patches, grid = to_patches(images, self.patch)                       # (B, L, 3 p p)
         patches = layer_norm(self.from_pixels(patches))                      # (B, L, D)
         queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
         x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)     # (B, L + N, D)
@@ -284,18 +286,18 @@ class Encoder(nn.Module):
         rope = torch.cat([rope, identity], 1)                                # (2, L + N, d/2)
         for block in self.blocks:
             x = block(x, rope, patches.shape[1])  # queries are causal
-        return self.to_code(layer_norm(x[:, -self.num_tokens:]))             # (B, N, 8)
+        return self.to_code(layer_norm(x[:, -self.num_tokens:]))             # (B, N, C)
 
 
 class Quantized(NamedTuple):
     tokens: Tensor   # (B, N) int64, row numbers in the codebook
-    codes: Tensor    # (B, N, 8) the unit rows; their gradient goes to the encoder, straight through
-    loss: Tensor     # (B, N) codebook loss + 0.25 x commitment loss of each token
+    codes: Tensor    # (B, N, C) the unit rows; their gradient goes to the encoder, straight through
+    loss: Tensor     # (B, N) codebook loss + commitment x commitment loss of each token
 
 
 class Quantizer(nn.Module):
-    """Nearest codebook row on the unit sphere (Sec. 4, App. I). Always float32: in bf16, 6 % of the
-    tokens would differ."""
+    """Nearest codebook row on the unit sphere (Sec. 4, App. I). Always in float32: in bf16, 6 % of
+    the released tokenizer's tokens come out as others."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -303,23 +305,23 @@ class Quantizer(nn.Module):
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
 
     def forward(self, z: Tensor) -> Quantized:
-        """z: (B, N, 8), of any length."""
+        """z: (B, N, C), of any length."""
         with torch.autocast(z.device.type, enabled=False):
             z, rows = F.normalize(z.float(), dim=-1), F.normalize(self.codebook, dim=-1)
             tokens = (z.detach() @ rows.detach().T).argmax(-1)               # (B, N)
-            codes = rows[tokens]                                             # (B, N, 8)
+            codes = rows[tokens]                                             # (B, N, C)
             loss = (codes - z.detach()).pow(2) + self.commitment * (codes.detach() - z).pow(2)
             return Quantized(tokens, z + (codes - z).detach(), loss.mean(-1))
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """Unit rows (B, n, 8) of tokens (B, n)."""
+        """Unit rows (B, n, C) of tokens (B, n)."""
         return F.normalize(self.codebook[tokens], dim=-1)
 
 
 # ---- Tokens to image -----------------------------------------------------------------------------
 
 class CausalDecoder(nn.Module):
-    """Codes (B, n, 8) -> condition tokens c_1 ... c_n (B, n, D) for any n <= N; causal. Sec. 4."""
+    """Codes (B, n, C) -> condition tokens c_1 ... c_n (B, n, D) for any n <= N; causal. Sec. 4."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -368,16 +370,15 @@ class DiffusionBlock(nn.Module):
         context = layer_norm(self.cond_mlp(cond))                            # (B, N/K, D)
         fetched = self.cross_attention.cross(layer_norm(x), context, rope)   # (B, L, D)
         signal = F.silu(self.time_mlp(time)[:, None] + fetched)              # (B, L, D)
-        # Under autocast too, x and what is added to it stay float32.
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal).float().chunk(6, -1)
-        n = x.shape[1]
-        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1), rope, n)
+        # Under autocast too, x stays float32; and each patch sees all.
+        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1), rope, x.shape[1])
         return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
 
 
 class DiffusionOutput(NamedTuple):
     velocity: Tensor   # (B, 3, H, W) float32
-    patches: Tensor    # (B, D, H/8, W/8) after `repa_depth` blocks, which the REPA head reads
+    patches: Tensor    # (B, D, H/p, W/p) after `repa_depth` blocks, for the REPA head
 
 
 class DiffusionDecoder(nn.Module):
@@ -395,7 +396,7 @@ class DiffusionDecoder(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> DiffusionOutput:
         """x: (B, 3, H, W) images x_t. t: (B,), or (1,) for all. cond: (B, N/K, D), one group."""
-        x, grid = to_patches(x, self.patch)                                  # (B, L, 192)
+        x, grid = to_patches(x, self.patch)                                  # (B, L, 3 p p)
         x = self.from_pixels(x).float()                                      # (B, L, D)
         cond, time = layer_norm(self.from_cond(cond)), sinusoid(t, x.shape[2])
         rope, tapped = rope_2d(*grid, self.head_dim, x.device), x
@@ -419,17 +420,17 @@ class RepaHead(nn.Module):
                                     nn.Linear(hidden, config.repa_dim))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """patches: (B, D, H/8, W/8) -> features (B, H/16 * W/16, repa_dim)."""
+        """patches: (B, D, H/p, W/p) -> features (B, H/2p * W/2p, repa_dim)."""
         return self.layers(F.avg_pool2d(patches, 2).flatten(2).transpose(1, 2))
 
 
 class TrainOutput(NamedTuple):
     flow_loss: Tensor      # () Eq. 2 over sigma^2
     vq_loss: Tensor        # () mean over the tokens up to the end of each image's group
-    images: Tensor         # (B, 3, H, W) predicted images, in [-1, 1] if perfect
-    repa: Tensor | None    # (B, H/16 * W/16, repa_dim) predicted DINOv2 features; None without head
+    predicted: Tensor      # (B, 3, H, W) estimates of the images, in [-1, 1] up to error
+    repa: Tensor | None    # (B, H/2p * W/2p, repa_dim) predicted DINOv2 features; None without head
     tokens: Tensor         # (B, N) int64
-    z: Tensor              # (B, N, 8) encoder outputs before quantization, without gradient
+    z: Tensor              # (B, N, C) encoder outputs before quantization, without gradient
 
 
 class Tokenizer(nn.Module):
@@ -467,7 +468,7 @@ class Tokenizer(nn.Module):
         noise: (B, 3, H, W) standard normal."""
         config = self.config
         t, group = shift_time(u, config.beta), group_of(u, config.num_groups)
-        z = self.encoder(images)                                             # (B, N, 8)
+        z = self.encoder(images)                                             # (B, N, C)
         quantized = self.quantizer(z)
         cond = self.decoder(quantized.codes)                                 # (B, N, D)
         cond = cond.unflatten(1, (config.num_groups, -1))                    # (B, K, N/K, D)
@@ -503,7 +504,8 @@ class Tokenizer(nn.Module):
         return self.diffusion(x, x.new_full((1,), step.t), group).velocity
 
     def start(self, batch: int, noise: Tensor | None, solver: str) -> Tensor:
-        """Checked starting point x_0 (B, 3, H, W) of a sampler; fresh noise where none is given."""
+        """The noise x0 (B, 3, H, W) that a solver starts from; fresh where none is given. Raises
+        ValueError for another shape, and for an unknown solver."""
         if solver not in ("adams2", "euler"):
             raise ValueError(f"solver must be adams2 or euler, got {solver!r}")
         size = self.config.image_size
@@ -524,7 +526,7 @@ class Tokenizer(nn.Module):
         to the end of these groups. Raises ValueError for other shapes or values.
         """
         config = self.config
-        steps = config.num_steps or config.num_groups if steps is None else steps
+        steps = (config.num_steps or config.num_groups) if steps is None else steps
         groups = config.num_groups if groups is None else groups
         if steps < 1 or not 1 <= groups <= config.num_groups:
             raise ValueError(f"need steps >= 1 and 1 <= groups <= {config.num_groups}, "
@@ -544,11 +546,13 @@ class Tokenizer(nn.Module):
     def stream(self, token_groups: Iterable[Tensor], noise: Tensor | None = None,
                solver: str = "adams2", groups: int | None = None) -> Iterator[Tensor]:
         """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
-        (B, 3, H, W): the image that the velocity points at. The last one, after all K groups or the
-        first `groups`, is the image that `decode` with steps = K gives. A preview costs no network
-        call. Sec. 3.3.
+        (B, 3, H, W), the estimate of the image. The last one, after all K groups or the first
+        `groups`, is the image that `decode` with steps = K gives. A preview costs no call of the
+        diffusion decoder. noise, solver: as in `decode`. Raises ValueError. Sec. 3.3.
         """
         config, count = self.config, self.config.num_groups
+        if groups is not None and not 1 <= groups <= count:
+            raise ValueError(f"need 1 <= groups <= {count}, got {groups}")
         schedule = sampling_schedule(count, count, config.beta, groups or count)
         tokens, x, v_before = None, None, None
         for step, group in zip(schedule, token_groups):

@@ -11,8 +11,8 @@ who uses a model needs: settings, files, pixels, checkpoints, processes and seed
     python sample.py --size L --batch 64 --cfg 1.1:8 --benchmark    speed, in random weights
 
 F is a checkpoint of train_ar.py, which carries its tokenizer, or one of the authors' files together
-with --tokenizer; to reconstruct, a tokenizer will do. Image i is a function of the seed and i, but
-for the rounding of products with other numbers of rows. Everything is written beside --out.
+with --tokenizer; to reconstruct, a tokenizer will do. Image i depends on the seed and i alone; but
+another --batch may round products otherwise. --stream and --reconstruct write beside --out.
 """
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from enum import IntEnum
-from itertools import islice
+from itertools import cycle, islice
 from typing import Annotated, Callable, Iterable, Iterator, Literal, get_args, get_origin, \
     get_type_hints
 
@@ -57,7 +57,8 @@ class SampleConfig:
     ckpt: str = ""                   # checkpoint of train_ar.py; else the newest under out/
     tokenizer: str = ""              # its tokenizer, for files that do not carry one
     labels: str = ""                 # class numbers or names, a,b,c; else all
-    num_images: Count = 0            # else 100; with --stream one a label; to reconstruct, all
+    num_images: Count = 0            # else 100; to reconstruct, all; one a label up to ten with
+    # --stream, --prefix and several --cfg
     cfg: str = ""                    # guidance START:END, linear over the tokens, a number, or
     # none; several, A,B,C: a row or file each; else the checkpoint's
     temperature: Annotated[float, 0, 1e6] = 1.0  # 0: the most likely token
@@ -133,9 +134,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse_settings(presets: dict[str, tuple], argv: list[str] | None, text: str,
                    short: dict[str, str] = {}) -> tuple[list, dict]:
-    """The dataclasses of the preset that --preset names (if there are several), changed by a flag
-    for each field; and what was given, by field. text: what --help says. short: another flag of a
-    field. Raises Mistake."""
+    """The dataclasses of the preset that --preset names (if there are several), with the flags that
+    were given, one a field; and these alone, by field. text: what --help says. short: another flag
+    of a field. Raises Mistake."""
     layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26,
                                width=100)
     parser = Parser(description=text, allow_abbrev=False, formatter_class=layout)
@@ -181,6 +182,8 @@ def build(cls, values: dict, source: str):
 
 def run(main: Callable):
     """Calls a script's main; a mistake ends it with one line, and so does Ctrl-C."""
+    if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 7]:
+        sys.exit(f"torch {torch.__version__} is too old; 2.7 or newer is needed")
     for stream in (sys.stdout, sys.stderr):  # names of files may hold what cannot be printed
         stream.reconfigure(errors="backslashreplace")
     name = os.path.basename(sys.argv[0])
@@ -190,14 +193,14 @@ def run(main: Callable):
         # The last line: an error in a data loader's process arrives with a traceback before it.
         sys.exit(f"{name}: {str(error).splitlines()[-1].removeprefix('sample.Mistake: ')}")
     except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped; the same command goes on from what was saved")
+        sys.exit(f"{name}: stopped; what was saved is whole")
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def about(path: str):
-    """Makes an error of the operating system inside a Mistake that names the path."""
+    """Turns an OSError in its block into a Mistake that names the path."""
     try:
         yield
     except OSError as error:
@@ -207,8 +210,8 @@ def about(path: str):
 
 
 def write(path: str, save: Callable):
-    """Calls save(file); `path` holds the whole of what it wrote, or what was there before. Raises
-    Mistake, on a full disk say."""
+    """Calls save(file) on a temporary file, then renames it to `path`, which thus is always whole.
+    Raises a Mistake, on a full disk say."""
     partial = path + ".tmp"
     try:
         with about(path):
@@ -261,8 +264,8 @@ def lock(folder: str):
 
 
 class LongArray:
-    """An array on disk that takes long to make: batch by batch, by all processes, and, where it was
-    killed, from there on.
+    """An array on disk that all processes fill, batch by batch; where they were killed, the same
+    command fills only what is missing.
 
     In the folder `path`.part are rows.npy, the array, filled in place; settings.json; and a record
     of each process, a line a finished batch: its number and the checksum of its rows. `todo` holds
@@ -272,10 +275,10 @@ class LongArray:
 
     def __init__(self, path: str, shape: tuple, dtype, batch: int, settings: dict):
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.folder, self.batch, self.rank = path + ".part", batch, rank
+        self.folder, self.batch = path + ".part", batch
         settings = json.loads(json.dumps({**settings, "shape": shape, "batch": batch}))
         rows, note = (os.path.join(self.folder, name) for name in ("rows.npy", "settings.json"))
-        if rank == 0:
+        if is_first():
             lock(self.folder)
             with about(self.folder):
                 if not os.path.exists(note):
@@ -321,7 +324,7 @@ class LongArray:
             self.record.flush()
         self.made += len(rows)
         total = sum(map(len, self.todo))
-        if self.rank == 0 and (time.time() > self.shown + 10 or self.made == total):
+        if is_first() and (time.time() > self.shown + 10 or self.made == total):
             self.shown, rate = time.time(), self.made / (time.time() - self.began)
             print(f"{self.made:,} of {total:,} images of this process, {rate:.1f} images/s, "
                   f"{(total - self.made) / rate / 60:.1f} min left", flush=True)
@@ -359,7 +362,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 @contextlib.contextmanager
 def reading(path: str):
-    """Makes whatever error decoding raises a Mistake that names the file."""
+    """Turns any error in its block into a Mistake that names the image."""
     try:
         yield
     except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, bombs, ...
@@ -481,9 +484,9 @@ def check_weights(weights, source: str):
 
 
 def read_checkpoint(path: str, kind: str, need: dict[str, type] = {}) -> dict:
-    """The content of a checkpoint of ours, or of the authors' in the same form; `kind` "tokenizer"
-    also finds the tokenizer in one of kind "ar". Raises a Mistake that names what does not fit, or
-    what is not there of `need`: keys and their types."""
+    """The checkpoint at `path`, ours or the authors' translated. kind: "ar", or "tokenizer", which
+    also finds the tokenizer that one of kind "ar" carries. need: further keys and their types.
+    Raises a Mistake that names what is missing or wrong."""
     saved = read_file(path)
     saved = saved if "kind" in saved else translate(saved, path)
     if kind == "tokenizer" and saved["kind"] == "ar":
@@ -744,6 +747,16 @@ def join_processes() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def is_first() -> bool:
+    """Whether this process is the one that prints and saves."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def autocast(device: torch.device, enabled: bool = True):
+    """bf16 on a GPU, float32 on a CPU, where bf16 is not faster."""
+    return torch.autocast(device.type, torch.bfloat16, enabled and device.type == "cuda")
+
+
 def wait():
     """Until all processes are here, where there are several."""
     if dist.is_initialized():
@@ -772,7 +785,7 @@ def count_flops(call: Callable) -> int:
 # ---- From labels to images -----------------------------------------------------------------------
 
 def each_under(context: Callable, items: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The items, each made under a context, which the reader between them does not see."""
+    """The items, each made inside context(), which is left before the item is handed over."""
     items = iter(items)
     while True:
         with context():
@@ -812,9 +825,6 @@ class Pipeline:
         """The items, the last one repeated up to a whole batch: all batches have one shape."""
         return [*items] + [items[-1]] * (self.batch - len(items))
 
-    def autocast(self, enabled: bool = True):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled and self.on_gpu)
-
     def noise(self, numbers: list[int]) -> Tensor:
         size = self.tokenizer.config.image_size
         return noise_of(self.config.seed, Purpose.START, numbers, (3, size, size), self.device)
@@ -830,7 +840,7 @@ class Pipeline:
 
     def decode(self, numbers: list[int], tokens: Tensor) -> Tensor:
         """Images of tokens (batch, n) of a whole batch."""
-        with self.autocast():
+        with autocast(self.device):
             return self.tokenizer.decode(tokens, self.noise(numbers), self.config.steps or None,
                                          self.config.solver, self.groups)
 
@@ -845,9 +855,11 @@ class Pipeline:
 
     def previews(self, numbers: list[int], labels: list[int]) -> Iterator[Tensor]:
         """Images after each group of tokens of a whole batch, as soon as they are drawn."""
-        tokens = each_under(lambda: self.autocast(False), self.token_groups(numbers, labels))
-        return each_under(self.autocast, self.tokenizer.stream(
-            tokens, self.noise(numbers), self.config.solver, self.groups))
+        tokens = self.token_groups(numbers, labels)
+        tokens = each_under(lambda: autocast(self.device, False), tokens)
+        previews = self.tokenizer.stream(tokens, self.noise(numbers), self.config.solver,
+                                         self.groups)
+        return each_under(lambda: autocast(self.device), previews)
 
     def wait(self):
         if self.on_gpu:
@@ -858,19 +870,22 @@ class Pipeline:
 
 def draw_grid(pipeline: Pipeline, labels: list[int], count: int) -> Tensor:
     """Images (count, 3, H, W), labels in turn."""
-    todo, batch = [labels[i % len(labels)] for i in range(count)], pipeline.batch
+    todo, batch = in_turn(labels, count), pipeline.batch
     return torch.cat([pipeline.images([*range(count)][first:first + batch],
                                       todo[first:first + batch])
                       for first in range(0, count, batch)])
+
+
+def in_turn(labels: list[int], count: int) -> list[int]:
+    return [*islice(cycle(labels), count)]
 
 
 def write_stream(pipeline: Pipeline, config: SampleConfig, labels: list[int]):
     """Each preview as it comes; then a picture of all (rows: samples, columns: previews), an
     animation, and the last preview as --out."""
     stem, count = os.path.splitext(config.out)[0], pipeline.batch
-    todo = [labels[i % len(labels)] for i in range(count)]
     previews, frames = [], []
-    for images in pipeline.previews([*range(count)], todo):
+    for images in pipeline.previews([*range(count)], in_turn(labels, count)):
         previews.append(images)
         frames.append(image_grid(images, min(10, count)))
         path = f"{stem}_{len(frames) * pipeline.group_size:03d}.png"
@@ -899,7 +914,7 @@ def write_layouts(pipeline: Pipeline, config: SampleConfig, labels: list[int], k
 
 
 def write_samples(pipeline: Pipeline, config: SampleConfig, cfg: str, path: str,
-                  labels: list[int], count: int, rank: int, weights: str):
+                  labels: list[int], count: int, weights: str):
     """`--npz`, `--png`: each label equally often, in another order in each turn of all labels."""
     def label(number: int) -> int:
         turn, place = divmod(number, len(labels))
@@ -915,11 +930,11 @@ def write_samples(pipeline: Pipeline, config: SampleConfig, cfg: str, path: str,
     for numbers in array.todo:
         array.fill(numbers, to_uint8(pipeline.images([*numbers], [*map(label, numbers)])))
     array.close()
-    if rank == 0 and config.npz:
-        write_npz(path, array)
-    elif rank == 0:
-        write_pngs(path, array, [f"{i:06d}_class{label(i):04d}.png" for i in range(count)])
-    if rank == 0:
+    if is_first():
+        if config.npz:
+            write_npz(path, array)
+        else:
+            write_pngs(path, array, [f"{i:06d}_class{label(i):04d}.png" for i in range(count)])
         print(path)
 
 
@@ -937,7 +952,7 @@ def find_images(root: str) -> list[str]:
     return paths
 
 
-def write_reconstructions(pipeline: Pipeline, config: SampleConfig, files: list[str], rank: int,
+def write_reconstructions(pipeline: Pipeline, config: SampleConfig, files: list[str],
                           weights: str):
     """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
     stem, size = os.path.splitext(config.out)[0], pipeline.tokenizer.config.image_size
@@ -956,7 +971,7 @@ def write_reconstructions(pipeline: Pipeline, config: SampleConfig, files: list[
         decoded.fill(numbers, to_uint8(pipeline.decode(pipeline.pad(numbers), tokens))[:count])
     originals.close()
     decoded.close()
-    if rank == 0:
+    if is_first():
         def tensor(rows: np.ndarray) -> Tensor:
             return torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -970,10 +985,10 @@ def write_reconstructions(pipeline: Pipeline, config: SampleConfig, files: list[
               + f"\n{config.out}: originals, each beside its reconstruction")
 
 
-def seconds_of(call: Callable, pipeline: Pipeline, patience: float = 20.0) -> float:
-    """Seconds of a call: the median of nine, or of fewer if they take longer than `patience`."""
+def seconds_of(call: Callable, pipeline: Pipeline) -> float:
+    """Seconds of a call: the median of nine, or of as many as 20 seconds hold."""
     times = []
-    while len(times) < 9 and sum(times) < patience:
+    while len(times) < 9 and sum(times) < 20:
         began = time.time()
         call()
         pipeline.wait()
@@ -995,9 +1010,9 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
     weights and the cache once a step at its memory bandwidth, or compute all products at the rate
     of a large one, both measured here."""
     tokenizer, device, batch = pipeline.tokenizer, pipeline.device, pipeline.batch
-    numbers, todo = [*range(batch)], [labels[i % len(labels)] for i in range(batch)]
+    numbers, todo = [*range(batch)], in_turn(labels, batch)
     dtype = ar.head.weight.dtype
-    bandwidth, products = measure_machine(pipeline, dtype)
+    bandwidth, product_rate = measure_machine(pipeline, dtype)
     if pipeline.on_gpu:
         torch.cuda.reset_peak_memory_stats()
 
@@ -1015,7 +1030,7 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
     cache = rows * ar.config.depth * 2 * ar.config.width * (count + pipeline.group_size) / 2
     reading = dtype.itemsize * weights / bandwidth  # seconds a step
     caching = dtype.itemsize * cache / bandwidth
-    computing = 2 * weights * rows / products
+    computing = 2 * weights * rows / product_rate
     settings = tokenizer.config
     steps = pipeline.config.steps or settings.num_steps or settings.num_groups
     schedule = sampling_schedule(steps, settings.num_groups, settings.beta, pipeline.groups)
@@ -1023,16 +1038,17 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
         noise, cond = pipeline.noise([0]), tokenizer.condition(tokens[:1])
         flops = count_flops(lambda: tokenizer.velocity(noise, schedule[0], cond)) * len(schedule)
     name = torch.cuda.get_device_name() if pipeline.on_gpu else "CPU"
-    floors = {"AR": count * max(reading + caching, computing), "decoder": batch * flops / products}
+    least = {"AR": count * max(reading + caching, computing),
+             "decoder": batch * flops / product_rate}  # seconds
     print(f"{name}, {str(dtype)[6:]}, batch {batch}, guidance {'on' if rows > batch else 'off'}\n"
-          f"memory bandwidth {bandwidth / 1e9:.1f} GB/s, matrix products {products / 1e12:.3f} "
+          f"memory bandwidth {bandwidth / 1e9:.1f} GB/s, matrix products {product_rate / 1e12:.3f} "
           f"TFLOP/s\n"
           f"AR: {batch * count / drawing:.1f} tokens/s, {batch / drawing:.3g} images/s, "
-          f"{floors['AR'] / drawing:.1%} of the floor\n"
+          f"{least['AR'] / drawing:.1%} of what the machine allows\n"
           f"  a step takes {1e3 * drawing / count:.2f} ms; reading the weights "
           f"{1e3 * reading:.2f}, the cache {1e3 * caching:.2f}, computing {1e3 * computing:.2f}\n"
           f"decoder: {flops / 1e12:.2f} TFLOP an image, {batch / decoding:.3g} images/s, "
-          f"{floors['decoder'] / decoding:.1%} of the floor\n"
+          f"{least['decoder'] / decoding:.1%} of what the machine allows\n"
           f"together: {batch / (drawing + decoding):.3g} images/s, peak memory "
           f"{peak_memory():.1f} GB")
 
@@ -1099,13 +1115,13 @@ def parse_args(argv: list[str] | None) -> SampleConfig:
     return config
 
 
-def newest_checkpoint(kinds: tuple, folder: str = "out") -> str:
-    """The checkpoint under `folder`, of one of the kinds, that was written last."""
-    paths = glob.glob(os.path.join(folder, "**", "last.pt"), recursive=True)
+def newest_checkpoint(kinds: tuple) -> str:
+    """The checkpoint under out/, of one of the kinds, that was written last."""
+    paths = glob.glob("out/**/last.pt", recursive=True)
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         if read_file(path).get("kind") in kinds:
             return path
-    raise Mistake(f"no checkpoint under {folder}/; train one, or give --ckpt FILE")
+    raise Mistake("no checkpoint under out/; train one, or give --ckpt FILE")
 
 
 def load_models(config: SampleConfig, device) -> tuple[AR | None, Tokenizer, list[str]]:
@@ -1124,12 +1140,15 @@ def load_models(config: SampleConfig, device) -> tuple[AR | None, Tokenizer, lis
     classes = saved["classes"]
     parse_labels(config.labels, classes)  # mistakes come before the weights
     if not config.cfg:
-        config.cfg = "{cfg_start}:{cfg_end}".format_map({"cfg_start": 1, "cfg_end": 1,
-                                                         **saved["settings"]})
+        config.cfg = "{}:{}".format(*(saved["settings"].get(name, 1)
+                                      for name in ("cfg_start", "cfg_end")))
         parse_cfg(config.cfg)
-        print(f"guidance {config.cfg}, the checkpoint's; --cfg none turns it off", flush=True)
+        if is_first():
+            print(f"guidance {config.cfg}, the checkpoint's; --cfg none turns it off", flush=True)
     tokenizer = load_tokenizer(config.tokenizer or path, device)
-    ar, settings = load_ar(path, device, tokenizer.config.num_tokens), tokenizer.config
+    settings = tokenizer.config
+    saved["config"].setdefault("num_tokens", settings.num_tokens)
+    ar = rebuild(AR, ARConfig, saved, path, device)
     if (ar.config.vocab_size, ar.config.num_tokens) != (settings.codebook_size,
                                                         settings.num_tokens):
         raise Mistake(f"the tokenizer has {settings.num_tokens} tokens of "
@@ -1140,29 +1159,30 @@ def load_models(config: SampleConfig, device) -> tuple[AR | None, Tokenizer, lis
 
 def main(argv: list[str] | None = None):
     config = parse_args(argv)
-    rank, _, device = join_processes()
+    _, _, device = join_processes()
 
     # Everything that can be wrong is looked at first
     many = config.npz or config.png
-    if rank == 0 and not config.benchmark:
-        reserve(many or config.out)
     files = find_images(config.reconstruct) if config.reconstruct else []
     files = files[:config.num_images or None]
-    reference = read_image(config.prefix, 256) if config.prefix else None
+    if config.prefix:
+        open_image(config.prefix).close()
     ar, tokenizer, classes = load_models(config, device)
     labels = parse_labels(config.labels, classes)
     kept = parse_keep(config.keep, tokenizer.config.num_tokens)
     cfgs, (stem, ending) = config.cfg.split(","), os.path.splitext(many)
     paths = [many] if len(cfgs) == 1 else [
         f"{stem}_{cfg.replace(':', '-')}{ending}" for cfg in cfgs]
-    for path in paths:
+    for path in paths if many else ():
         if os.path.exists(path):
             raise Mistake(f"{path} is there already; give another name")
+    if is_first() and not config.benchmark:
+        reserve(*(paths if many else [config.out]))
 
-    # Batches of about one size
-    few = config.stream or config.prefix or len(cfgs) > 1 and not many
-    labels = labels[:10] if few and not config.labels else labels
-    count = len(files) or config.num_images or (len(labels) if few else 100)
+    # The images in the fewest batches of at most --batch, of nearly one size
+    one_row = config.stream or config.prefix or len(cfgs) > 1 and not many
+    labels = labels[:10] if one_row and not config.labels else labels
+    count = len(files) or config.num_images or (len(labels) if one_row else 100)
     if (config.stream or config.prefix) and count > config.batch:
         raise Mistake(f"--stream and --prefix draw one batch; --batch is {config.batch}, and there "
                       f"would be {count} images in it")
@@ -1177,12 +1197,13 @@ def main(argv: list[str] | None = None):
         elif config.stream:
             write_stream(pipeline, config, labels)
         elif config.prefix:
-            crop = center_crop(reference, tokenizer.config.image_size)
-            write_layouts(pipeline, config, labels, kept, to_tensor(crop))
+            size = tokenizer.config.image_size
+            image = to_tensor(center_crop(read_image(config.prefix, size), size))
+            write_layouts(pipeline, config, labels, kept, image)
         elif config.reconstruct:
-            write_reconstructions(pipeline, config, files, rank, weights)
+            write_reconstructions(pipeline, config, files, weights)
         elif many:
-            write_samples(pipeline, config, cfg, path, labels, count, rank, weights)
+            write_samples(pipeline, config, cfg, path, labels, count, weights)
         else:
             grid.append(draw_grid(pipeline, labels, count))
     if grid:  # several guidances: a row each; else up to ten labels: a column each

@@ -18,21 +18,20 @@ from typing import Annotated, Iterator, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from model_ar import AR, SIZES, Share
-from model_tokenizer import Count, CountOrZero, Tokenizer
-from sample import (LongArray, Mistake, Purpose, Seed, center_crop, count_flops, fingerprint,
-                    image_grid, join_processes, load_ar, load_tokenizer, lock, pack,
-                    parse_settings, reserve, resize_shorter, run, seed_of, seeded, to_tensor, wait,
+from model_tokenizer import Count, CountOrZero, Positive, Tokenizer
+from sample import (LongArray, Mistake, Purpose, Seed, autocast, center_crop, count_flops,
+                    fingerprint, image_grid, is_first, join_processes, load_ar, load_tokenizer,
+                    pack, parse_settings, resize_shorter, run, seed_of, seeded, to_tensor, wait,
                     write_picture)
 from train_tokenizer import (Clock, Shuffle, Steps, StepsOrNone, Stop, Unreadable, Weight,
-                             distribute, learning_rate, local_batch, open_data, positions,
-                             read_or_another, resume, save, shield, some_of, start_from, trim_log,
-                             update_ema, utilisation, with_accumulate, write_log)
+                             announce, claim, distribute, end, learning_rate, local_batch,
+                             open_data, positions, read_or_another, resume, save, shield, some_of,
+                             start_from, update_ema, utilisation, with_accumulate, write_log)
 
 
 @dataclass
@@ -49,15 +48,15 @@ class TrainConfig:
     batch: Count = 1024              # images a step, over all processes (Sec. 5)
     accumulate: CountOrZero = 0      # backward passes a step, for the same `batch`; 0: as many as
     # the GPU's memory needs
-    lr: Annotated[float, 0, 1] = 4e-4  # (Sec. 5)
-    lr_final: Annotated[float, 0, 1] = 1e-5  # learning rate at the end of `decay_steps` (Sec. 5)
+    lr: Share = 4e-4                 # (Sec. 5)
+    lr_final: Share = 1e-5           # learning rate at the end of `decay_steps` (Sec. 5)
     warmup_steps: StepsOrNone = 0    # linear rise of the learning rate
     decay_steps: StepsOrNone = 62_500  # linear fall over the last 50 epochs (Sec. 5)
     beta1: Share = 0.9               # AdamW (RandAR)
     beta2: Share = 0.95              # AdamW (RandAR)
     weight_decay: Weight = 0.05      # AdamW, matrices only (Sec. 5)
-    clip: Annotated[float, 1e-6, 1e6] = 1.0  # largest norm of the gradient (RandAR)
-    ema: Share = 0.0                 # decay of averaged weights; 0: the weights (released code)
+    clip: Positive = 1.0             # largest norm of the gradient (RandAR)
+    ema: Share = 0.0                 # decay of averaged weights; 0: no averaging (released code)
     dropout: Share = 0.1             # on tokens, residual and feed-forward branches (RandAR)
     class_dropout: Share = 0.1       # share of labels replaced by the null class (RandAR)
     cfg_start: Annotated[float, -1e4, 1e4] = 1.1  # guidance of pictures, first token (App. II)
@@ -135,20 +134,20 @@ def read_codes(config: TrainConfig, tokenizer: Tokenizer, views: Views,
     """Labels and tokens of all images, (images, 1 + views * N) uint16 as in `encode_all`, memory-
     mapped from a file in the folder `codes`, which the first call writes. The file is named after a
     digest of the tokenizer and the images; others need another file. Raises Mistake."""
-    about = {"tokenizer": fingerprint(tokenizer), "images": views.source.describe(),
+    note = {"tokenizer": fingerprint(tokenizer), "images": views.source.describe(),
              "count": len(views), "views": views.views, "classes": len(views.source.classes)}
-    name = hashlib.sha256(str(about).encode()).hexdigest()[:16]
+    name = hashlib.sha256(str(note).encode()).hexdigest()[:16]
     path = os.path.join(config.codes, name + ".npy")
     shape = len(views), 1 + views.views * tokenizer.config.num_tokens
     missing = not os.path.exists(path)
     wait()  # all have looked before one writes
     if missing:
-        array = LongArray(path, shape, np.uint16, max(1, 128 // views.views), about)
+        array = LongArray(path, shape, np.uint16, max(1, 128 // views.views), note)
         rows = encode_all(tokenizer, views, array.todo, config.workers, unreadable)
         for numbers in array.todo:
             array.fill(numbers, next(rows))
         array.close()
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_first():
             os.replace(os.path.join(array.folder, "rows.npy"), path)
             os.replace(os.path.join(array.folder, "settings.json"), path[:-3] + "json")
             shutil.rmtree(array.folder)
@@ -165,7 +164,7 @@ def read_codes(config: TrainConfig, tokenizer: Tokenizer, views: Views,
 def stored_tokens(codes: np.ndarray, config: TrainConfig, architecture, first_step: int, rank: int,
                   world: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of labels (micro,) and tokens (micro, N) from the codes of all images, a random view
-    each; `accumulate` of them are one step. Raises a Mistake for tokens that cannot be."""
+    each; `accumulate` of them are one step. Raises a Mistake for labels or tokens out of range."""
     micro, shuffle = local_batch(config, world), Shuffle(len(codes), config.seed)
     places = positions(config, first_step, rank, world)
     while chosen := [*islice(places, micro)]:
@@ -219,7 +218,6 @@ def main(argv: list[str] | None = None):
 
     # Processes
     rank, world, device = join_processes()
-    master, on_gpu = rank == 0, device.type == "cuda"
     local_batch(config, world)  # a mistake in it comes before any work
 
     # Tokenizer, data, model
@@ -242,9 +240,7 @@ def main(argv: list[str] | None = None):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
 
     # The tokens of all images, and of some held-out ones
-    if master:
-        lock(config.out)
-        reserve(*(os.path.join(config.out, name) for name in ("last.pt", "last.pt.previous")))
+    claim(config)
     codes = read_codes(config, tokenizer, Views(train, size, config.views),
                        Unreadable(config.out, len(train)))
     shown = some_of(config.eval_images, len(held_out))
@@ -265,20 +261,17 @@ def main(argv: list[str] | None = None):
     parts = {"model": model, "ema": ema}
     settings = {**asdict(config), "tokenizer": fingerprint(tokenizer)}  # wherever its file lies
     first_step = resume(config, settings, "ar", parts, optimizer)
-    if master:
-        trim_log(config, first_step)
-        print(f"ar: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} "
-              f"training images in {len(train.classes)} classes, step {first_step} of "
-              f"{config.steps}, {world} x {device}", flush=True)
+    announce("ar", model, train, first_step, config, world, device)
 
     # Memory, compile, distribute
     def one_loss(n: int) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+        with autocast(device):
             return token_loss(model, val_labels[:1].expand(n), val_tokens[:1].expand(n, -1))[0]
 
     config = with_accumulate(config, one_loss, model, world, device)
-    flops = 3 * count_flops(lambda: one_loss(1)) if on_gpu else 0
-    ddp = distribute(model, [*model.blocks], config, world, on_gpu)
+    flops = count_flops(lambda: one_loss(1).backward())
+    optimizer.zero_grad(set_to_none=True)
+    ddp = distribute(model, [*model.blocks], config, world, device)
 
     # Loop
     data = stored_tokens(codes, config, architecture, first_step, rank, world)
@@ -297,7 +290,7 @@ def main(argv: list[str] | None = None):
             labels = labels.masked_fill(dropped[part].to(device), architecture.num_classes)
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            with autocast(device):
                 loss, accuracy = token_loss(ddp, labels, tokens)
             (loss / config.accumulate).backward()
             clock.add(step, loss=loss, accuracy=accuracy)
@@ -308,27 +301,24 @@ def main(argv: list[str] | None = None):
 
         if (step + 1) % config.log_every == 0 or last:
             means = clock.read(step + 1)
-            write_log(config, master, step=step + 1, **means, lr=learning_rate(step, config),
+            write_log(config, step=step + 1, **means, lr=learning_rate(step, config),
                       **utilisation(means["images_per_s"] * flops / world))
         clock.stop()
-        if master and ((step + 1) % config.eval_every == 0 or last):
-            write_log(config, master, step=step + 1, **evaluate(ema, val_labels, val_tokens))
+        if is_first() and ((step + 1) % config.eval_every == 0 or last):
+            write_log(config, step=step + 1, **evaluate(ema, val_labels, val_tokens))
             write_picture(os.path.join(config.out, f"samples_{step + 1:06d}.png"),
                           draw_samples(ema, tokenizer, config))
         stopped = stop.asked()
         if (step + 1) % config.save_every == 0 or last or stopped:
             clock.check()
-            if master:
+            if is_first():
                 save(config, settings, "ar", parts, optimizer, step + 1, classes=train.classes,
                      tokenizer=pack("tokenizer", tokenizer))
         if stopped and not last:
-            stop.leave(step + 1, master)
+            stop.leave(step + 1)
         clock.start()
     stop.release()
-    if master:
-        print(f"ar: {os.path.join(config.out, 'last.pt')}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end("ar", config)
 
 
 if __name__ == "__main__":

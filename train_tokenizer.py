@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model_ar import Share
-from model_tokenizer import (TOKENIZERS, Count, CountOrZero, Tokenizer, TokenizerConfig,
+from model_tokenizer import (TOKENIZERS, Count, CountOrZero, Positive, Tokenizer, TokenizerConfig,
                              TrainOutput, group_of)
-from sample import (IMAGE_ENDINGS, Mistake, Purpose, Seed, about, build, center_crop, count_flops,
-                    image_grid, join_processes, load_tokenizer, lock, noise_of, pack,
-                    parse_settings, peak_memory, psnr, read_checkpoint, read_image, reserve,
-                    resize_shorter, run, save_checkpoint, seeded, to_tensor, wait, write,
+from sample import (IMAGE_ENDINGS, Mistake, Purpose, Seed, about, autocast, build, center_crop,
+                    count_flops, image_grid, is_first, join_processes, load_tokenizer, lock,
+                    noise_of, pack, parse_settings, peak_memory, psnr, read_checkpoint, read_image,
+                    reserve, resize_shorter, run, save_checkpoint, seeded, to_tensor, wait, write,
                     write_picture)
 
 Weight = Annotated[float, 0, 1e6]
@@ -54,21 +54,22 @@ class TrainConfig:
     batch: Count = 1024              # images a step, over all processes (Sec. 5)
     accumulate: CountOrZero = 0      # backward passes a step, for the same `batch`; 0: as many as
     # the GPU's memory needs
-    lr: Annotated[float, 0, 1] = 2e-4  # (Sec. 5; constant after warm-up)
-    lr_final: Annotated[float, 0, 1] = 2e-4  # learning rate at the end of `decay_steps`
+    lr: Share = 2e-4                 # (released code; constant after warm-up)
+    lr_final: Share = 2e-4           # learning rate at the end of `decay_steps`
     warmup_steps: StepsOrNone = 500  # linear rise of the learning rate (released code)
     decay_steps: StepsOrNone = 0     # linear fall to lr_final over the last steps
     beta1: Share = 0.9               # AdamW (released code)
     beta2: Share = 0.95              # AdamW (released code)
     weight_decay: Weight = 0.0       # AdamW (released code)
-    clip: Annotated[float, 1e-6, 1e6] = 1.0  # largest norm of the gradient (released code)
+    clip: Positive = 1.0             # largest norm of the gradient (released code)
     ema: Share = 0.999               # decay of the averaged weights (released code)
     vq: Weight = 1.0                 # weight of the codebook and commitment losses (Eq. 7)
     lpips: Weight = 0.5              # weight of LPIPS (Eq. 7); 0: neither computed nor downloaded
     repa: Weight = 0.5               # weight of REPA (Eq. 7); 0: neither computed nor downloaded
     reseed_after: StepsOrNone = 0    # steps after which an unused codebook row becomes a random
     # encoder output; 0: never. Not the paper's: for small runs
-    resize_max: Annotated[float, 1, 8] = 1.25  # random crops: shorter side up to this x image_size
+    resize_max: Annotated[float, 1, 8] = 1.25  # random crops: shorter side up to 1.25 x image_size
+    # (Sec. 5)
     flip: bool = True                # mirror half of the images (Sec. 5)
     workers: Annotated[int, 0, 256] = 8  # processes that load images, for each training process
     compile: bool | None = None      # torch.compile the transformer blocks; else on CUDA only
@@ -95,7 +96,7 @@ PRESETS = {  # name: (settings of the run, architecture)
               TOKENIZERS["cifar"])}
 
 
-# ---- Processes, schedule ---------------------------------------------------------------
+# ---- Processes, schedule -------------------------------------------------------------------------
 
 def in_turn(build):
     """build() in the first process of each node, then in the others, which find its downloads."""
@@ -118,7 +119,7 @@ def local_batch(config, world: int) -> int:
 
 
 def kept_bytes(loss: Callable[[int], Tensor]) -> tuple[int, int]:
-    """Bytes kept for the backward pass of loss(n), of n images: of each image, and besides."""
+    """Bytes that loss(n) of n images keeps for its backward pass: of each image, and besides."""
     def count(n: int) -> int:
         kept = {}
 
@@ -126,7 +127,7 @@ def kept_bytes(loss: Callable[[int], Tensor]) -> tuple[int, int]:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            result = loss(n)  # which keeps them, so that no two have one address
+            result = loss(n)  # alive, so that no two tensors share an address
         del result
         return sum(kept.values())
 
@@ -135,17 +136,18 @@ def kept_bytes(loss: Callable[[int], Tensor]) -> tuple[int, int]:
 
 
 def with_accumulate(config, loss: Callable[[int], Tensor], model: nn.Module, world: int, device):
-    """The settings, with the backward passes that 80 % of the GPU's memory needs, if they are to be
-    chosen: for weights, gradients, their average and the optimizer's two, and what `loss` keeps."""
+    """The settings with `accumulate` chosen, where it is 0: 1 on a CPU, else so that a pass fits in
+    80 % of the GPU's memory."""
     if config.accumulate or device.type != "cuda":
         return replace(config, accumulate=config.accumulate or 1)
     image, besides = kept_bytes(loss)
+    # 20 bytes a parameter: weight, gradient, averaged weight, AdamW's two moments.
     besides += 20 * sum(p.numel() for p in model.parameters())
     total = torch.cuda.get_device_properties(device).total_memory
     most = max(1, int((0.8 * total - besides) / image))
     share = config.batch // world
     micro = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first():
         print(f"--accumulate {share // micro}: {micro} images at a time, {image / 1e6:.0f} MB each "
               f"and {besides / 1e9:.1f} GB besides, in {total / 1e9:.0f} GB", flush=True)
     return replace(config, accumulate=share // micro)
@@ -228,7 +230,7 @@ class Stop:
 
     def __init__(self):
         self.signal = 0
-        # On GPUs, processes ask one another by gloo: the CPU would wait for what NCCL sums.
+        # gloo also on GPUs: the CPU would wait for what NCCL sums.
         nccl = dist.is_initialized() and dist.get_backend() == "nccl"
         self.peers = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if nccl else None
         self.before = {number: signal.signal(number, self.note)
@@ -251,11 +253,11 @@ class Stop:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def leave(self, step: int, master: bool):
+    def leave(self, step: int):
         """Ends the program with the exit code of the signal; its checkpoint is of `step`."""
         wait()  # for the first process to have saved: the first to leave ends the others
         self.release()
-        if master:
+        if is_first():
             print(f"{signal.Signals(self.signal).name}: saved after step {step}; the same command "
                   "goes on from there", flush=True)
         if dist.is_initialized():
@@ -288,16 +290,16 @@ def load_parts(saved: dict, path: str, parts: dict[str, nn.Module], optimizer):
         raise Mistake(f"{path} is damaged: model or optimizer do not fit") from None
 
 
-# Settings that change nothing of what is learned, and those that a run cannot go on without.
+# FREE settings change nothing that is learned; KEPT ones may change in a run only with --changed.
 FREE = {"out", "init_from", "accumulate", "workers", "compile", "use_window", "log_every",
         "eval_every", "save_every", "eval_images", "eval_samples", "codes", "changed"}
 KEPT = {"data", "seed", "batch", "views", "tokenizer"}
 
 
 def resume(config, settings: dict, kind: str, parts: dict[str, nn.Module], optimizer) -> int:
-    """Loads the last checkpoint of the run, or the one before where the last is damaged. Returns
-    its step, 0 where there is none; and prints which settings are others now. Raises a Mistake for
-    another architecture, and unless --changed for other settings of those in KEPT."""
+    """Loads the newest readable checkpoint of the run and returns its step, or 0. Prints the
+    settings that changed. Raises a Mistake for another architecture and, without --changed, for
+    another value of a setting in KEPT."""
     last = os.path.join(config.out, "last.pt")
     paths = [path for path in (last, last + ".previous") if os.path.exists(path)]
     need = {"step": int, "settings": dict, "optimizer": dict, **dict.fromkeys(parts, dict)}
@@ -313,7 +315,7 @@ def resume(config, settings: dict, kind: str, parts: dict[str, nn.Module], optim
                 raise
             print(f"{error}; going on from {paths[-1]}", flush=True)
             wait()  # for all to have read it
-            if int(os.environ.get("RANK", 0)) == 0:
+            if is_first():
                 os.replace(path, path + ".damaged")  # lest it become the one before
     if not paths:
         return 0
@@ -326,7 +328,7 @@ def resume(config, settings: dict, kind: str, parts: dict[str, nn.Module], optim
     if KEPT & {*other} and not config.changed:
         raise Mistake(f"{path} was saved with other settings: {text}; give those, another --out, "
                       "or --changed to go on all the same")
-    if other:
+    if other and is_first():
         print(f"going on with other settings: {text}", flush=True)
     return saved["step"]
 
@@ -339,10 +341,26 @@ def save(config, settings: dict, kind: str, parts: dict[str, nn.Module], optimiz
         "optimizer": optimizer.state_dict(), "step": step, "settings": settings, **more})
 
 
-def distribute(model: nn.Module, blocks: list[nn.Module], config, world: int, on_gpu: bool):
+def claim(config):
+    """Keeps other runs out of the run's folder, and finds what is in the way of its files."""
+    if is_first():
+        lock(config.out)
+        reserve(*(os.path.join(config.out, "last.pt" + end) for end in ("", ".new", ".previous")))
+
+
+def announce(kind: str, model: nn.Module, train, step: int, config, world: int, device):
+    """Prints what is about to be trained, and brings the log to where the run goes on."""
+    if is_first():
+        trim_log(config, step)
+        print(f"{kind}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} "
+              f"training images in {len(train.classes)} classes, step {step} of {config.steps}, "
+              f"{world} x {device}", flush=True)
+
+
+def distribute(model: nn.Module, blocks: list[nn.Module], config, world: int, device):
     """What to call in place of the model: with compiled blocks, in step with the other processes.
     The model itself stays as it is, to be saved and averaged."""
-    if on_gpu if config.compile is None else config.compile:
+    if device.type == "cuda" if config.compile is None else config.compile:
         torch._dynamo.config.optimize_ddp = False  # it would split what is compiled by blocks
         for block in blocks:
             block.compile(dynamic=False)
@@ -351,9 +369,17 @@ def distribute(model: nn.Module, blocks: list[nn.Module], config, world: int, on
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def write_log(config, master: bool, **numbers):
+def end(kind: str, config):
+    """The end of a run: prints where its checkpoint is, and leaves the other processes."""
+    if is_first():
+        print(f"{kind}: {os.path.join(config.out, 'last.pt')}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def write_log(config, **numbers):
     """In the first process, prints one line and appends the same numbers to log.jsonl."""
-    if not master:
+    if not is_first():
         return
 
     def brief(value) -> str:
@@ -566,6 +592,13 @@ def some_of(count: int, total: int) -> list[int]:
     return np.random.default_rng(0).permutation(total)[:count].tolist()
 
 
+def held_out_images(held_out, size: int, config) -> Tensor:
+    """Centre crops (n, 3, H, W) of up to `eval_images` held-out images."""
+    read = [read_or_another(held_out, i) for i in some_of(config.eval_images, len(held_out))]
+    Unreadable(config.out, len(held_out)).note([lines for _, _, lines in read])
+    return torch.stack([to_tensor(center_crop(image, size)) for image, _, _ in read])
+
+
 def random_crop(image: Image.Image, size: int, resize_max: float, flip: bool, rng) -> Image.Image:
     """A random square of size x size pixels after the shorter side is resized to size ...
     resize_max x size, mirrored half of the time if `flip`."""
@@ -686,7 +719,7 @@ def losses_of(output: TrainOutput, images: Tensor, lpips: PerceptualLoss | None,
     """The parts of Eq. 7, without their weights; without the networks that are None."""
     losses = {"flow": output.flow_loss, "vq": output.vq_loss}
     if lpips is not None:
-        losses["lpips"] = lpips(output.images, images)
+        losses["lpips"] = lpips(output.predicted, images)
     if repa is not None:
         losses["repa"] = repa(output.repa, images)
     return losses
@@ -731,14 +764,13 @@ class CodebookUse(nn.Module):
 
 @torch.no_grad()
 def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[dict, Image.Image]:
-    """Numbers and a picture of the reconstructions of held-out images (B, 3, H, W): PSNR in dB; for
-    each group, the losses at the time at which the sampler uses it (VQ: of the tokens up to it);
-    for each position, how many codebook rows stand there. The picture shows the first 8: the
-    original, then the previews after each group."""
+    """Reconstructs held-out images (B, 3, H, W). Returns numbers (PSNR in dB; flow and VQ losses at
+    the time at which the sampler uses each group; how many codebook rows stand at each position)
+    and a picture (8 rows: original, then the preview after each group)."""
     config, parts, numbers = model.config, [], {"flow_by_group": 0.0, "vq_by_group": 0.0}
     noise = torch.randn(images.shape, generator=seeded(seed, Purpose.EVALUATION)).to(images.device)
     for part, eps in zip(images.split(64), noise.split(64)):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        with autocast(images.device):
             tokens = model.encode(part)                                      # (n, N)
             previews = [*model.stream(tokens.split(config.group_size, 1), eps)]
             outputs = [model(part, torch.full_like(eps[:, 0, 0, 0], k / config.num_groups), eps)
@@ -754,35 +786,37 @@ def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[dict, Image.I
             image_grid(shown[:8].flatten(0, 1), shown.shape[1]))
 
 
+def choose_architecture(config, architecture: TokenizerConfig, start: Tokenizer | None,
+                        given: dict) -> TokenizerConfig:
+    """That of the preset or, where there is one, of the tokenizer to start from, with the flags
+    that were given; without a REPA head where its loss has no weight. Raises Mistake."""
+    if start is not None:
+        asked = {name: given[name] for name in given if hasattr(architecture, name)}
+        architecture = build(TokenizerConfig, {**asdict(start.config), **asked}, config.init_from)
+    if config.repa == 0:
+        return replace(architecture, repa_depth=0)
+    if not architecture.repa_depth:
+        raise Mistake("--repa needs a REPA head: give --repa-depth, or --repa 0")
+    return architecture
+
+
 # ---- The run -------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None):
     (config, architecture), given = parse_settings(PRESETS, argv, __doc__)
     start = load_tokenizer(config.init_from) if config.init_from else None
-    if start is not None:  # it decides on the architecture, but for what is said
-        own = {name: given[name] for name in given if hasattr(architecture, name)}
-        architecture = build(TokenizerConfig, {**asdict(start.config), **own}, config.init_from)
-    if config.repa == 0:
-        architecture = replace(architecture, repa_depth=0)
-    elif not architecture.repa_depth:
-        raise Mistake("--repa needs a REPA head: give --repa-depth, or --repa 0")
+    architecture = choose_architecture(config, architecture, start, given)
 
     # Processes
     rank, world, device = join_processes()
-    master, on_gpu = rank == 0, device.type == "cuda"
     local_batch(config, world)  # a mistake in it comes before any work
 
     # Data
     train, held_out = open_data(config.data, architecture.image_size)
-    if master:
-        lock(config.out)
-        reserve(*(os.path.join(config.out, name) for name in ("last.pt", "last.pt.previous")))
-    shown = [read_or_another(held_out, i) for i in some_of(config.eval_images, len(held_out))]
-    Unreadable(config.out, len(held_out)).note([lines for _, _, lines in shown])
-    shown = torch.stack([to_tensor(center_crop(image, architecture.image_size))
-                         for image, _, _ in shown]).to(device)               # (n, 3, H, W)
+    claim(config)
+    shown = held_out_images(held_out, architecture.image_size, config).to(device)
 
-    # Model, its running average, and the losses outside it
+    # Model, its running average, and the networks of the losses
     torch.manual_seed(config.seed)
     model = Tokenizer(architecture).to(device)
     if start is not None:
@@ -801,23 +835,20 @@ def main(argv: list[str] | None = None):
     # Resume
     parts = {"model": model, "ema": ema, "use": use}
     first_step = resume(config, asdict(config), "tokenizer", parts, optimizer)
-    if master:
-        trim_log(config, first_step)
-        print(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{len(train):,} training images in {len(train.classes)} classes, step {first_step} "
-              f"of {config.steps}, {world} x {device}", flush=True)
+    announce("tokenizer", model, train, first_step, config, world, device)
 
     # Memory, compile, distribute
     def one_loss(n: int) -> Tensor:
         images = shown[:1].expand(n, -1, -1, -1).clone()
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            output = model(images, images.new_zeros(n), images)
+        with autocast(device):
+            output = model(images, images.new_zeros(n), images)  # any noise will do
             return sum(losses_of(output, images, lpips, repa).values())
 
     config = with_accumulate(config, one_loss, model, world, device)
-    flops = 3 * count_flops(lambda: one_loss(1)) if on_gpu else 0
+    flops = count_flops(lambda: one_loss(1).backward())
+    optimizer.zero_grad(set_to_none=True)
     ddp = distribute(model, [*model.encoder.blocks, *model.decoder.blocks,
-                             *model.diffusion.blocks], config, world, on_gpu)
+                             *model.diffusion.blocks], config, world, device)
 
     # Loop
     data = batches(Crops(train, config, architecture.image_size), config, first_step, rank, world,
@@ -828,7 +859,8 @@ def main(argv: list[str] | None = None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
-        # All processes draw the times of the whole batch, so that each knows how many tokens count.
+        # All processes draw the times of the whole batch: vq_loss is a mean over the tokens of one
+        # pass, and `counts` makes it one over those of the batch.
         u = torch.rand(config.batch, device=device,
                        generator=seeded(config.seed, Purpose.TIMES, step, device=device))
         counts = group_of(u, architecture.num_groups) + 1.0                  # in groups
@@ -841,7 +873,7 @@ def main(argv: list[str] | None = None):
             noise = noise_of(config.seed, Purpose.NOISE, places.tolist(), images.shape[1:], device)
             if world > 1:
                 ddp.require_backward_grad_sync = part == config.accumulate - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            with autocast(device):
                 output = ddp(images, u[mine], noise)
                 losses = losses_of(output, images, lpips, repa)
                 losses["vq"] = losses["vq"] * counts[mine].mean()
@@ -861,27 +893,24 @@ def main(argv: list[str] | None = None):
 
         if (step + 1) % config.log_every == 0 or last:
             means = clock.read(step + 1)
-            write_log(config, master, step=step + 1, **means, lr=learning_rate(step, config),
+            write_log(config, step=step + 1, **means, lr=learning_rate(step, config),
                       codebook=use.share(config.use_window),
                       **utilisation(means["images_per_s"] * flops / world))
         clock.stop()
-        if master and ((step + 1) % config.eval_every == 0 or last):
+        if is_first() and ((step + 1) % config.eval_every == 0 or last):
             numbers, picture = evaluate(ema, shown, config.seed)
             write_picture(os.path.join(config.out, f"reconstructions_{step + 1:06d}.png"), picture)
-            write_log(config, master, step=step + 1, **numbers)
+            write_log(config, step=step + 1, **numbers)
         stopped = stop.asked()
         if (step + 1) % config.save_every == 0 or last or stopped:
             clock.check()
-            if master:
+            if is_first():
                 save(config, asdict(config), "tokenizer", parts, optimizer, step + 1)
         if stopped and not last:
-            stop.leave(step + 1, master)
+            stop.leave(step + 1)
         clock.start()
     stop.release()
-    if master:
-        print(f"tokenizer: {os.path.join(config.out, 'last.pt')}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end("tokenizer", config)
 
 
 if __name__ == "__main__":
