@@ -51,7 +51,7 @@ SIZES = {  # with 16384 tokens and 1000 classes (Sec. 4)
     "toy": ARConfig(depth=4, width=128, heads=4, num_tokens=32, vocab_size=512, num_classes=10,
                     dropout=0.0),
     # For the cifar tokenizer's 64 tokens of photographs of 32 pixels.
-    "cifar": ARConfig(depth=12, width=512, heads=8, num_tokens=64, vocab_size=4096, num_classes=10)}
+    "cifar": ARConfig(depth=6, width=192, heads=6, num_tokens=64, vocab_size=1024, num_classes=10)}
 
 
 @functools.cache

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model_ar import Share
 from model_tokenizer import (TOKENIZERS, Count, CountOrZero, Positive, Tokenizer, TokenizerConfig,
-                             TrainOutput, group_of)
+                             TrainOutput, group_of, interpolate, sampling_schedule)
 from sample import (IMAGE_ENDINGS, Mistake, Purpose, Seed, about, autocast, build, center_crop,
                     count_flops, image_grid, is_first, join_processes, load_tokenizer, lock,
                     noise_of, pack, parse_settings, peak_memory, psnr, read_checkpoint, read_image,
@@ -85,15 +85,15 @@ class TrainConfig:
 PRESETS = {  # name: (settings of the run, architecture)
     "paper": (TrainConfig(), TOKENIZERS["paper"]),
     "light": (TrainConfig(steps=50_000, batch=256), TOKENIZERS["light"]),  # App. III
-    "toy": (TrainConfig(data="shapes", steps=2400, batch=32, lr=2e-3, lr_final=1e-4,
-                        warmup_steps=50, decay_steps=1200, ema=0.99, lpips=0.0,
+    "toy": (TrainConfig(data="shapes", steps=2800, batch=32, lr=2e-3, lr_final=1e-4,
+                        warmup_steps=50, decay_steps=1600, ema=0.99, vq=0.1, lpips=0.0,
                         repa=0.0, reseed_after=20, resize_max=1.0, flip=False,
                         workers=0, eval_every=400, save_every=400, eval_images=200),
             TOKENIZERS["toy"]),
-    "cifar": (TrainConfig(data="data/cifar10", steps=20_000, batch=128, lr=1e-3, lr_final=1e-4,
-                          decay_steps=10_000, lpips=0.0, repa=0.0, reseed_after=100,
-                          resize_max=1.125, workers=4, eval_every=1000, save_every=500),
-              TOKENIZERS["cifar"])}
+    "cifar": (TrainConfig(data="data/cifar10", steps=12_000, batch=32, lr=1e-3, lr_final=1e-4,
+                          warmup_steps=100, decay_steps=6000, lpips=0.0, repa=0.0, reseed_after=50,
+                          resize_max=1.125, workers=0, eval_every=1000, save_every=500,
+                          eval_images=192), TOKENIZERS["cifar"])}
 
 
 # ---- Processes, schedule -------------------------------------------------------------------------
@@ -415,8 +415,9 @@ def utilisation(flops_per_second: float) -> dict:
 # ---- Data ----------------------------------------------------------------------------------------
 
 class Shapes:
-    """The built-in data: pictures of one shape each, drawn by code. Picture i is a function of i
-    alone and shows class i mod 10; colours, place and size vary."""
+    """The built-in data: pictures drawn by code. Picture i is a function of i alone and shows the
+    shape of class i mod 10 before a ground of four colours, one a corner. These five colours vary,
+    and a little the place and size, so that late tokens, too, have something to tell."""
     classes = ["circle", "ring", "moon", "cross", "x", "triangle", "heart", "hourglass", "stripes",
                "checkers"]
 
@@ -434,18 +435,23 @@ class Shapes:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         rng, label = np.random.default_rng((0, self.first + i)), self.label(i)
-        hue = rng.integers(6) / 6 + rng.uniform(0, 0.03)  # red, yellow, green, cyan, blue, magenta
-        shape = colorsys.hsv_to_rgb(hue, 0.85, rng.uniform(0.85, 1))
-        ground = colorsys.hsv_to_rgb(rng.random(), 0.4, rng.uniform(0.05, 0.25))
-        shape, ground = (tuple(int(255 * c) for c in colour) for colour in (shape, ground))
-        unit = 4 * self.size / 32  # drawn 4 times larger, then averaged
-        (x, y), r = unit * (16 + rng.uniform(-1, 1, 2)), unit * rng.uniform(11.5, 13)
-        picture = Image.new("RGB", (4 * self.size,) * 2, ground)
-        self.draw(self.classes[label], ImageDraw.Draw(picture), x, y, r, shape, ground)
+        side, unit = 4 * self.size, self.size / 8  # drawn 4 times larger, then averaged
+
+        def colour(dark: float, bright: float) -> tuple:
+            hue = rng.integers(6) / 6 + rng.uniform(0, 0.03)  # red, yellow, green, cyan, blue, ...
+            rgb = colorsys.hsv_to_rgb(hue, 0.85, rng.uniform(dark, bright))
+            return tuple(int(255 * channel) for channel in rgb)
+
+        corners = np.array([[colour(0.25, 0.6) for _ in range(2)] for _ in range(2)], np.uint8)
+        picture = Image.fromarray(corners).resize((side, side), Image.Resampling.BILINEAR)
+        mask = Image.new("L", (side, side))
+        (x, y), r = unit * (16 + rng.uniform(-1, 1, 2)), unit * rng.uniform(11, 12.5)
+        self.draw(self.classes[label], ImageDraw.Draw(mask), x, y, r, 255, 0)
+        picture.paste(colour(0.85, 1), mask=mask)
         return picture.resize((self.size,) * 2, Image.Resampling.BOX), label
 
     @staticmethod
-    def draw(name: str, pen, x: float, y: float, r: float, shape: tuple, ground: tuple):
+    def draw(name: str, pen, x: float, y: float, r: float, shape: int, ground: int):
         """Draws the named shape of radius r around (x, y)."""
         def disc(a, b, radius, colour):
             a, b, radius = x + r * a, y + r * b, r * radius
@@ -762,12 +768,30 @@ class CodebookUse(nn.Module):
         self.age = torch.where(dead, 0, self.age)
 
 
+def group_knows(model: Tokenizer, images: Tensor, noise: Tensor, tokens: Tensor) -> Tensor:
+    """What each group of tokens knows, (K,): the flow loss at the group's own time with its tokens
+    taken from another image, over that with the image's own. 1: nothing, the group is dead.
+    images, noise: (B, 3, H, W). tokens: (B, N)."""
+    config, ratios = model.config, []
+    x1, others = config.sigma * images, tokens.roll(1, 0)
+    for step in sampling_schedule(config.num_groups, config.num_groups, config.beta,
+                                  config.num_groups):
+        first = step.group * config.group_size  # what comes after the group plays no part
+        exchanged = torch.cat([tokens[:, :first], others[:, first:]], 1)
+        xt = interpolate(x1, noise, x1.new_full((1,), step.t))
+        own, other = (model.velocity(xt, step, model.condition(chosen)) - (x1 - noise)
+                      for chosen in (tokens, exchanged))
+        ratios.append(other.pow(2).mean() / own.pow(2).mean())
+    return torch.stack(ratios)
+
+
 @torch.no_grad()
 def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[dict, Image.Image]:
-    """Reconstructs held-out images (B, 3, H, W). Returns numbers (PSNR in dB; flow and VQ losses at
-    the time at which the sampler uses each group; how many codebook rows stand at each position)
-    and a picture (8 rows: original, then the preview after each group)."""
-    config, parts, numbers = model.config, [], {"flow_by_group": 0.0, "vq_by_group": 0.0}
+    """Reconstructs held-out images (B, 3, H, W). Returns numbers (PSNR in dB of the previews after
+    each group; flow and VQ losses at the time at which the sampler uses it; what it knows; how many
+    codebook rows stand at each position) and a picture (8 rows: original, then the previews)."""
+    config, parts = model.config, []
+    numbers = dict.fromkeys(("flow_by_group", "vq_by_group", "group_knows"), 0.0)
     noise = torch.randn(images.shape, generator=seeded(seed, Purpose.EVALUATION)).to(images.device)
     for part, eps in zip(images.split(64), noise.split(64)):
         with autocast(images.device):
@@ -775,12 +799,15 @@ def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[dict, Image.I
             previews = [*model.stream(tokens.split(config.group_size, 1), eps)]
             outputs = [model(part, torch.full_like(eps[:, 0, 0, 0], k / config.num_groups), eps)
                        for k in range(config.num_groups)]
+            knows = group_knows(model, part, eps, tokens)
         parts.append((tokens, torch.stack([part, *previews], 1)))            # (n, 1 + K, 3, H, W)
         share = len(part) / len(images)
         numbers["flow_by_group"] += share * torch.stack([o.flow_loss for o in outputs])
         numbers["vq_by_group"] += share * torch.stack([o.vq_loss for o in outputs])
+        numbers["group_knows"] += share * knows
     tokens, shown = map(torch.cat, zip(*parts))
-    return ({"psnr": psnr(shown[:, -1], images),
+    decibels = [psnr(preview, images) for preview in shown.unbind(1)[1:]]
+    return ({"psnr": decibels[-1], "psnr_by_group": decibels,
              **{name: values.tolist() for name, values in numbers.items()},
              "rows_by_position": [len(column.unique()) for column in tokens.T]},
             image_grid(shown[:8].flatten(0, 1), shown.shape[1]))
