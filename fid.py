@@ -229,6 +229,8 @@ def load_inception(path: str | None = None) -> InceptionV3:
     network = InceptionV3()
     with about(path, f"not the weights of this network; fetch {WEIGHTS}"):
         network.load_state_dict(torch.load(io.BytesIO(content), "cpu", weights_only=True))
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise Mistake(f"{path} holds weights that are not finite; fetch {WEIGHTS}")
     return network
 
 
@@ -335,10 +337,13 @@ def warn(text: str):
 
 
 def check_writable(path: str):
+    if not path:
+        raise Mistake("--json and --save-stats need a value, got an empty one")
     path = os.path.abspath(path)
-    if os.path.isdir(path) or not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
-        raise Mistake(f"cannot write {path}: it is a folder, or its folder does not exist or may "
-                      "not be written")
+    odd = os.path.lexists(path) and not os.path.isfile(path)
+    if odd or not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
+        raise Mistake(f"cannot write {path}: it is a folder or device, or its folder does not exist "
+                      "or may not be written")
 
 
 def write(path: str, content: bytes):

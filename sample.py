@@ -42,12 +42,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_ar import AR, SIZES, ARConfig, Count, Sampler
 from model_tokenizer import TOKENIZERS, CountOrZero, Tokenizer, TokenizerConfig, sampling_schedule
 
 Seed = Annotated[int, 0, 2 ** 63 - 1]
+Guidance = Annotated[float, -1e4, 1e4]
 SWITCHES = (bool, bool | None)  # flags that take no value: --name, --no-name
 
 
@@ -109,13 +111,14 @@ def from_text(name: str, text: str, kind):
     """`checked`, of a value that was typed."""
     first = (get_args(kind) or [kind])[0]  # the type, or a choice
     plain = first if isinstance(first, type) else type(first)
-    if plain is str and not text:
+    if not text:
         raise Mistake(f"{name} needs a value, got an empty one")
     with contextlib.suppress(ValueError):
         text = plain(text)
     return checked(name, text, kind)
 
 
+@functools.cache
 def comments(cls) -> dict[str, str]:
     """The comment beside each field of a dataclass."""
     found, name = {}, None
@@ -194,6 +197,10 @@ def run(main: Callable):
         sys.exit(f"{name}: {str(error).splitlines()[-1].removeprefix('sample.Mistake: ')}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: stopped; what was saved is whole")
+    except (MemoryError, RuntimeError) as error:  # a CPU's lack of memory has no class of its own
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
+            raise
+        sys.exit(f"{name}: out of memory; give a smaller --batch, or in training --accumulate N")
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -237,8 +244,8 @@ def reserve(*paths: str):
     """Raises a Mistake where `write` could not write one of the paths."""
     for path in paths:
         for name in (path, path + ".tmp"):
-            if os.path.isdir(name):
-                raise Mistake(f"{name} is a folder, where a file is to be written; move it away")
+            if os.path.lexists(name) and not os.path.isfile(name):
+                raise Mistake(f"{name} is no file, where one is to be written; move it away")
         with about(path):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             open(path + ".tmp", "wb").close()
@@ -252,9 +259,12 @@ def lock(folder: str):
         import fcntl
     except ImportError:  # Windows
         return None
+    path = os.path.join(folder, "lock")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Mistake(f"{path} is no file, where one is to be written; move it away")
     with about(folder):
         os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, "lock"), "w")
+        file = open(path, "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of its loaders
     except OSError:
@@ -288,19 +298,20 @@ class LongArray:
         try:
             with open(note) as file:
                 begun = json.load(file)
-            self.rows = np.lib.format.open_memmap(rows, "r")
-            if (self.rows.shape, self.rows.dtype) != (shape, dtype) or not isinstance(begun, dict):
-                raise ValueError
-        except (OSError, ValueError):
-            raise Mistake(f"{self.folder} is damaged; remove it to begin anew") from None
-        if begun != settings:
             other = [name for name in settings if begun.get(name) != settings[name]]
+            if not other:
+                self.rows = np.lib.format.open_memmap(rows, "r")
+                if (self.rows.shape, self.rows.dtype) != (shape, dtype):
+                    raise ValueError
+        except (OSError, ValueError, AttributeError):
+            raise Mistake(f"{self.folder} is damaged; remove it to begin anew") from None
+        if other:
             raise Mistake(f"{self.folder} was begun with other settings ({', '.join(other)}); go "
                           "on with the same ones, or remove it")
         done = self.done()
         batches = [range(shape[0])[i:i + batch] for i in range(0, shape[0], batch)]
-        self.todo = [numbers for i, numbers in enumerate(batches) if i % world == rank
-                     and done.get(i) != zlib.crc32(self.rows[numbers.start:numbers.stop])]
+        self.todo = [numbers for i, numbers in enumerate(batches) if i % world == rank and (
+            i not in done or done[i] != zlib.crc32(self.rows[numbers.start:numbers.stop]))]
         wait()  # until all know their share
         self.file, self.record = open(rows, "r+b"), open(f"{self.folder}/done.{rank}", "a")
         self.made, self.began, self.shown = 0, time.time(), time.time()
@@ -471,16 +482,16 @@ def read_file(path: str) -> dict:
 
 
 def check_weights(weights, source: str):
-    """Raises a Mistake unless `weights` are tensors of finite numbers, each under its name."""
+    """Raises a Mistake unless `weights` are plain tensors of finite floats by name."""
     if not isinstance(weights, dict) or not weights:
         raise Mistake(f"{source} holds no weights")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise Mistake(f"{source} holds no weights: {name!r} is no tensor with a name")
         with contextlib.suppress(RuntimeError):  # of sparse tensors and other odd ones
-            if value.isfinite().all():
+            if value.is_floating_point() and value.isfinite().all():
                 continue
-        raise Mistake(f"{source}: {name} is not finite")
+        raise Mistake(f"{source}: {name} is no plain tensor of finite floats")
 
 
 def read_checkpoint(path: str, kind: str, need: dict[str, type] = {}) -> dict:
@@ -489,7 +500,7 @@ def read_checkpoint(path: str, kind: str, need: dict[str, type] = {}) -> dict:
     Raises a Mistake that names what is missing or wrong."""
     saved = read_file(path)
     saved = saved if "kind" in saved else translate(saved, path)
-    if kind == "tokenizer" and saved["kind"] == "ar":
+    if kind == "tokenizer" and saved["kind"] == "ar" and not need:
         if not isinstance(saved.get("tokenizer"), dict):
             raise Mistake(f"{path} carries no tokenizer; give --tokenizer FILE")
         saved = saved["tokenizer"]
@@ -546,14 +557,21 @@ def pack(kind: str, model: nn.Module) -> dict:
 def save_checkpoint(path: str, checkpoint: dict):
     """Writes a checkpoint; the one at `path` moves to `path`.previous. Raises a Mistake where the
     weights are not finite, or on a full disk, say; what was saved before then is whole."""
+    def save(file):
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError:  # hides the OSError of a full disk, which comes again here
+            file.write(bytes(2 ** 22))
+            raise
+
     try:
         for part in ("model", "ema"):
             if checkpoint.get(part):
                 check_weights(checkpoint[part], part)
-        write(path + ".new", lambda file: torch.save(checkpoint, file))
-    except (Mistake, RuntimeError) as error:  # of torch, on a full disk
-        raise Mistake(f"nothing was saved at step {checkpoint.get('step')}: "
-                      f"{str(error).splitlines()[0]}; {path} is from before, and whole") from None
+        write(path + ".new", save)
+    except Mistake as error:
+        raise Mistake(f"nothing was saved at step {checkpoint.get('step')}: {error}; {path} is "
+                      "from before, and whole") from None
     with about(path):
         if os.path.exists(path):
             os.replace(path, path + ".previous")
@@ -561,9 +579,10 @@ def save_checkpoint(path: str, checkpoint: dict):
 
 
 def fingerprint(*models: nn.Module) -> str:
-    """A digest of all weights."""
+    """A digest of all settings and weights."""
     digest = hashlib.sha256()
     for model in models:
+        digest.update(str(model.config).encode())
         for value in model.state_dict().values():
             digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()
@@ -619,10 +638,14 @@ def translate(saved: dict, source: str) -> dict:
     weights (`ema`) come first; 1 x 1 and patch convolutions become linear layers."""
     found = next((saved[key] for key in ("ema", "model", "module", "state_dict")
                   if isinstance(saved.get(key), dict)), saved)
+    found = {name: value for name, value in found.items()
+             if not str(name).endswith("quantize.codebook_used")}  # a counter of training
     check_weights(found, source)
     found = {name.replace("_orig_mod.", "").removeprefix("module."): value
              for name, value in found.items()}
     kind = "ar" if "tok_embeddings.weight" in found else "tokenizer"
+    if kind == "tokenizer" and "quantize.embedding.weight" not in found:
+        raise Mistake(f"{source} is neither a checkpoint of this code nor one of the authors'")
     weights = {}
     for name, value in found.items():
         if value.ndim == 4 and (name == "patchify.weight" or value.shape[2:] == (1, 1)):
@@ -636,7 +659,6 @@ def translate(saved: dict, source: str) -> dict:
         cfg = {"cfg_start": 1.1, "cfg_end": 8.0 if config["depth"] <= 24 else 10.0}  # App. II
         return {"kind": kind, "config": config, "model": weights, "classes": classes,
                 "settings": cfg}
-    weights.pop("quantize.codebook_used", None)  # a counter of training
     config = released_tokenizer_config(saved, weights, source)
     return {"kind": kind, "config": config, "model": weights}
 
@@ -690,8 +712,8 @@ def released_tokenizer_config(saved: dict, weights: dict, source: str) -> dict:
                                       for theirs, ours in RELEASED_SETTINGS.items()}}
     for name, value in settings.items():
         if name not in RELEASED_OTHER and (name not in supported or supported[name] != value):
-            raise Mistake(f"{source}: the setting {name} = {value!r} is not supported"
-                          + f", only {supported[name]!r}" * (name in supported))
+            raise Mistake(f"{source}: the setting {name} = {value!r} is not supported; only "
+                          f"{supported.get(name, 'its absence')!r} is")
     return config
 
 
@@ -776,8 +798,9 @@ def peak_memory() -> float:
 
 
 def count_flops(call: Callable) -> int:
-    """Floating-point operations of a call."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of a call; of attention, those without a fused kernel, as some of
+    these are not counted."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
@@ -1110,8 +1133,9 @@ def parse_args(argv: list[str] | None) -> SampleConfig:
         raise Mistake(f"--cfg takes one guidance with --{mode}, got {config.cfg!r}")
     if os.path.splitext(config.out)[1].lower() not in (".png", ".jpg", ".webp"):
         raise Mistake(f"--out must end in .png, .jpg or .webp, got {config.out!r}")
-    for cfg in config.cfg.split(",") if config.cfg else ():
-        parse_cfg(cfg)
+    cfgs = config.cfg.split(",") if config.cfg else []
+    if len({*map(parse_cfg, cfgs)}) < len(cfgs):
+        raise Mistake(f"--cfg names a guidance twice: {config.cfg}")
     return config
 
 
@@ -1140,9 +1164,9 @@ def load_models(config: SampleConfig, device) -> tuple[AR | None, Tokenizer, lis
     classes = saved["classes"]
     parse_labels(config.labels, classes)  # mistakes come before the weights
     if not config.cfg:
-        config.cfg = "{}:{}".format(*(saved["settings"].get(name, 1)
-                                      for name in ("cfg_start", "cfg_end")))
-        parse_cfg(config.cfg)
+        ends = (checked(f"{path}: {name}", saved["settings"].get(name), Guidance)
+                for name in ("cfg_start", "cfg_end"))
+        config.cfg = "{}:{}".format(*ends)
         if is_first():
             print(f"guidance {config.cfg}, the checkpoint's; --cfg none turns it off", flush=True)
     tokenizer = load_tokenizer(config.tokenizer or path, device)

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from model_ar import AR, SIZES, Share
 from model_tokenizer import Count, CountOrZero, Positive, Tokenizer
-from sample import (LongArray, Mistake, Purpose, Seed, autocast, center_crop, count_flops,
+from sample import (Guidance, LongArray, Mistake, Purpose, Seed, autocast, center_crop, count_flops,
                     fingerprint, image_grid, is_first, join_processes, load_ar, load_tokenizer,
                     pack, parse_settings, resize_shorter, run, seed_of, seeded, to_tensor, wait,
                     write_picture)
-from train_tokenizer import (Clock, Shuffle, Steps, StepsOrNone, Stop, Unreadable, Weight,
+from train_tokenizer import (BelowOne, Clock, Shuffle, Steps, StepsOrNone, Stop, Unreadable, Weight,
                              announce, claim, distribute, end, learning_rate, local_batch,
                              open_data, positions, read_or_another, resume, save, shield, some_of,
                              start_from, update_ema, utilisation, with_accumulate, write_log)
@@ -52,15 +52,15 @@ class TrainConfig:
     lr_final: Share = 1e-5           # learning rate at the end of `decay_steps` (Sec. 5)
     warmup_steps: StepsOrNone = 0    # linear rise of the learning rate
     decay_steps: StepsOrNone = 62_500  # linear fall over the last 50 epochs (Sec. 5)
-    beta1: Share = 0.9               # AdamW (RandAR)
-    beta2: Share = 0.95              # AdamW (RandAR)
+    beta1: BelowOne = 0.9            # AdamW (RandAR)
+    beta2: BelowOne = 0.95           # AdamW (RandAR)
     weight_decay: Weight = 0.05      # AdamW, matrices only (Sec. 5)
     clip: Positive = 1.0             # largest norm of the gradient (RandAR)
     ema: Share = 0.0                 # decay of averaged weights; 0: no averaging (released code)
-    dropout: Share = 0.1             # on tokens, residual and feed-forward branches (RandAR)
+    dropout: BelowOne = 0.1          # on tokens, residual and feed-forward branches (RandAR)
     class_dropout: Share = 0.1       # share of labels replaced by the null class (RandAR)
-    cfg_start: Annotated[float, -1e4, 1e4] = 1.1  # guidance of pictures, first token (App. II)
-    cfg_end: Annotated[float, -1e4, 1e4] = 8.0  # guidance of pictures, last token (App. II)
+    cfg_start: Guidance = 1.1        # guidance of samples at the first token (App. II)
+    cfg_end: Guidance = 8.0          # guidance of samples at the last token (App. II)
     workers: Annotated[int, 0, 256] = 8  # processes that load images while tokens are written
     compile: bool | None = None      # torch.compile the transformer blocks; else on CUDA only
     seed: Seed = 0
@@ -156,24 +156,26 @@ def read_codes(config: TrainConfig, tokenizer: Tokenizer, views: Views,
         codes = np.load(path, mmap_mode="r")
         if codes.shape != shape or codes.dtype != np.uint16:
             raise ValueError
+        for first in range(0, len(codes), 10_000) if is_first() else ():
+            part = codes[first:first + 10_000]
+            if (part[:, 0].max() >= note["classes"]
+                    or part[:, 1:].max() >= tokenizer.config.codebook_size):
+                raise ValueError
     except (ValueError, EOFError, OSError):
         raise Mistake(f"{path} is damaged; remove it, and the tokens are written anew") from None
     return codes
 
 
-def stored_tokens(codes: np.ndarray, config: TrainConfig, architecture, first_step: int, rank: int,
+def stored_tokens(codes: np.ndarray, config: TrainConfig, first_step: int, rank: int,
                   world: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of labels (micro,) and tokens (micro, N) from the codes of all images, a random view
-    each; `accumulate` of them are one step. Raises a Mistake for labels or tokens out of range."""
+    each; `accumulate` of them are one step."""
     micro, shuffle = local_batch(config, world), Shuffle(len(codes), config.seed)
     places = positions(config, first_step, rank, world)
     while chosen := [*islice(places, micro)]:
         views = [seed_of(config.seed, Purpose.VIEW, place) % config.views for place in chosen]
         rows = codes[[shuffle[place] for place in chosen]].astype(np.int64)  # (micro, 1 + views N)
         labels, tokens = rows[:, 0], rows[:, 1:].reshape(micro, config.views, -1)
-        if labels.max() >= architecture.num_classes or tokens.max() >= architecture.vocab_size:
-            raise Mistake(f"the tokens in {config.codes} are damaged; remove the folder, and they "
-                          "are written anew")
         yield torch.from_numpy(labels), torch.from_numpy(tokens[range(micro), views])
 
 
@@ -239,17 +241,6 @@ def main(argv: list[str] | None = None):
     del start
     ema = copy.deepcopy(model).requires_grad_(False).eval()
 
-    # The tokens of all images, and of some held-out ones
-    claim(config)
-    codes = read_codes(config, tokenizer, Views(train, size, config.views),
-                       Unreadable(config.out, len(train)))
-    shown = some_of(config.eval_images, len(held_out))
-    val = [*encode_all(tokenizer, Views(held_out, size, 1),
-                       [shown[i:i + 128] for i in range(0, len(shown), 128)], config.workers,
-                       Unreadable(config.out, len(held_out)))]
-    val = torch.from_numpy(np.concatenate(val).astype(np.int64)).to(device)
-    val_labels, val_tokens = val[:, 0], val[:, 1:]                           # (n,), (n, N)
-
     # Optimizer
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -258,10 +249,21 @@ def main(argv: list[str] | None = None):
                                   weight_decay=config.weight_decay, fused=True)
 
     # Resume
+    claim(config)
     parts = {"model": model, "ema": ema}
     settings = {**asdict(config), "tokenizer": fingerprint(tokenizer)}  # wherever its file lies
     first_step = resume(config, settings, "ar", parts, optimizer)
     announce("ar", model, train, first_step, config, world, device)
+
+    # The tokens of all images, and of some held-out ones
+    codes = read_codes(config, tokenizer, Views(train, size, config.views),
+                       Unreadable(config.out, len(train)))
+    shown = some_of(config.eval_images, len(held_out))
+    val = [*encode_all(tokenizer, Views(held_out, size, 1),
+                       [shown[i:i + 128] for i in range(0, len(shown), 128)], config.workers,
+                       Unreadable(config.out, len(held_out)))]
+    val = torch.from_numpy(np.concatenate(val).astype(np.int64)).to(device)
+    val_labels, val_tokens = val[:, 0], val[:, 1:]                           # (n,), (n, N)
 
     # Memory, compile, distribute
     def one_loss(n: int) -> Tensor:
@@ -274,7 +276,7 @@ def main(argv: list[str] | None = None):
     ddp = distribute(model, [*model.blocks], config, world, device)
 
     # Loop
-    data = stored_tokens(codes, config, architecture, first_step, rank, world)
+    data = stored_tokens(codes, config, first_step, rank, world)
     clock, stop = Clock(config), Stop()
     for step in range(first_step, config.steps):
         last = step == config.steps - 1

@@ -40,6 +40,7 @@ from sample import (IMAGE_ENDINGS, Mistake, Purpose, Seed, about, autocast, buil
                     write_picture)
 
 Weight = Annotated[float, 0, 1e6]
+BelowOne = Annotated[float, 0, 1 - 1e-9]
 Steps = Annotated[int, 1, 2 ** 40]
 StepsOrNone = Annotated[int, 0, 2 ** 40]
 
@@ -58,8 +59,8 @@ class TrainConfig:
     lr_final: Share = 2e-4           # learning rate at the end of `decay_steps`
     warmup_steps: StepsOrNone = 500  # linear rise of the learning rate (released code)
     decay_steps: StepsOrNone = 0     # linear fall to lr_final over the last steps
-    beta1: Share = 0.9               # AdamW (released code)
-    beta2: Share = 0.95              # AdamW (released code)
+    beta1: BelowOne = 0.9            # AdamW (released code)
+    beta2: BelowOne = 0.95           # AdamW (released code)
     weight_decay: Weight = 0.0       # AdamW (released code)
     clip: Positive = 1.0             # largest norm of the gradient (released code)
     ema: Share = 0.999               # decay of the averaged weights (released code)
@@ -278,16 +279,22 @@ def start_from(model: nn.Module, weights: dict, path: str, free: tuple = ()):
 
 
 def load_parts(saved: dict, path: str, parts: dict[str, nn.Module], optimizer):
-    """Loads modules by their name in a checkpoint, and the optimizer. Raises Mistake."""
+    """Loads modules by their name in a checkpoint, and the optimizer's state; its settings are
+    those of the run. Raises Mistake."""
     try:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        optimizer.load_state_dict(saved["optimizer"])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         for parameter, state in optimizer.state.items():
-            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape:
+            values = torch.stack([state["exp_avg"], state["exp_avg_sq"]])
+            if (values[0].shape != parameter.shape or not 0 <= values[1].min() or not
+                    values.isfinite().all() or not 0 < state["step"].item() < 2 ** 40):
                 raise ValueError
+        if isinstance(saved["step"], bool) or not 0 < saved["step"] < 2 ** 40:
+            raise ValueError
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-        raise Mistake(f"{path} is damaged: model or optimizer do not fit") from None
+        raise Mistake(f"{path} is damaged: model, optimizer or step do not fit") from None
 
 
 # FREE settings change nothing that is learned; KEPT ones may change in a run only with --changed.
@@ -313,10 +320,11 @@ def resume(config, settings: dict, kind: str, parts: dict[str, nn.Module], optim
         except Mistake as error:
             if path == paths[-1]:
                 raise
-            print(f"{error}; going on from {paths[-1]}", flush=True)
-            wait()  # for all to have read it
             if is_first():
-                os.replace(path, path + ".damaged")  # lest it become the one before
+                print(f"{error}; going on from {paths[-1]}", flush=True)
+    wait()  # for all to have read
+    if paths and path != last and os.path.exists(last) and is_first():
+        os.replace(last, last + ".damaged")  # lest it become the one before
     if not paths:
         return 0
     if not same:
@@ -345,7 +353,8 @@ def claim(config):
     """Keeps other runs out of the run's folder, and finds what is in the way of its files."""
     if is_first():
         lock(config.out)
-        reserve(*(os.path.join(config.out, "last.pt" + end) for end in ("", ".new", ".previous")))
+        reserve(*(os.path.join(config.out, name) for name in (
+            "last.pt", "last.pt.new", "last.pt.previous", "log.jsonl", "unreadable.txt")))
 
 
 def announce(kind: str, model: nn.Module, train, step: int, config, world: int, device):
@@ -366,7 +375,7 @@ def distribute(model: nn.Module, blocks: list[nn.Module], config, world: int, de
             block.compile(dynamic=False)
     if world == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def end(kind: str, config):
