@@ -342,8 +342,8 @@ def check_writable(path: str):
     path = os.path.abspath(path)
     odd = os.path.lexists(path) and not os.path.isfile(path)
     if odd or not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
-        raise Mistake(f"cannot write {path}: it is a folder or device, or its folder does not exist "
-                      "or may not be written")
+        raise Mistake(f"cannot write {path}: it is no file, or its folder does not exist or may "
+                      "not be written")
 
 
 def write(path: str, content: bytes):

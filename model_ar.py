@@ -271,20 +271,20 @@ class Sampler:
         self.token = torch.zeros_like(self.tokens[:, 0])                     # (B,) the last one
         self.pos = torch.zeros_like(self.tokens[0, :1])                      # (1,) its number
         self.bucket = max(chunk, -(-count // 8))  # by which the read part of the cache grows
-        self.run, self.graphs = Block.__call__, {}
+        self.run, self.pick, self.graphs = Block.__call__, Sampler.choose, {}
         self.recorded = compiled and weight.is_cuda
         if compiled:
             # An entry for each length of the cache and each sampler.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self.run = torch.compile(Block.forward, dynamic=False)
-            self.choose = torch.compile(self.choose, dynamic=False)
+            self.pick = torch.compile(Sampler.choose, dynamic=False)
         if self.recorded:  # one memory pool: the graphs never run at the same time
             self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def advance(self, x: Tensor, pos: Tensor, length: int, run: Callable):
         """Draws the token after embeddings x (B or 2B, n, D) at positions pos (n,)."""
         x = self.model.trunk(x, self.rope[:, pos], self.cache.at(pos, length), run)
-        self.choose(self.model.head(x[:, -1]).float())
+        self.pick(self, self.model.head(x[:, -1]).float())
 
     def choose(self, logits: Tensor):
         """Draws from logits (B or 2B, V), under guidance, and keeps the token."""

@@ -198,7 +198,7 @@ def run(main: Callable):
     except KeyboardInterrupt:
         sys.exit(f"{name}: stopped; what was saved is whole")
     except (MemoryError, RuntimeError) as error:  # a CPU's lack of memory has no class of its own
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
+        if not re.search("^$|out of memory|can't allocate memory", str(error)):
             raise
         sys.exit(f"{name}: out of memory; give a smaller --batch, or in training --accumulate N")
 
@@ -248,8 +248,10 @@ def reserve(*paths: str):
                 raise Mistake(f"{name} is no file, where one is to be written; move it away")
         with about(path):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            open(path + ".tmp", "wb").close()
-            os.remove(path + ".tmp")
+            fresh = not os.path.exists(path + ".tmp")
+            open(path + ".tmp", "ab").close()
+            if fresh:
+                os.remove(path + ".tmp")
 
 
 @functools.cache  # the file stays open, and the lock with it
@@ -292,6 +294,7 @@ class LongArray:
             lock(self.folder)
             with about(self.folder):
                 if not os.path.exists(note):
+                    os.makedirs(self.folder, exist_ok=True)
                     np.lib.format.open_memmap(rows, "w+", dtype, shape)
                     write(note, lambda file: file.write(json.dumps(settings).encode()))
         wait()
@@ -308,21 +311,27 @@ class LongArray:
         if other:
             raise Mistake(f"{self.folder} was begun with other settings ({', '.join(other)}); go "
                           "on with the same ones, or remove it")
-        done = self.done()
-        batches = [range(shape[0])[i:i + batch] for i in range(0, shape[0], batch)]
-        self.todo = [numbers for i, numbers in enumerate(batches) if i % world == rank and (
-            i not in done or done[i] != zlib.crc32(self.rows[numbers.start:numbers.stop]))]
+        self.todo = self.missing(rank, world)
         wait()  # until all know their share
-        self.file, self.record = open(rows, "r+b"), open(f"{self.folder}/done.{rank}", "a")
+        # Write-only: two nodes may share a page, and none should write back what it has read.
+        self.file = os.fdopen(os.open(rows, os.O_WRONLY), "wb")
+        self.record = open(f"{self.folder}/done.{rank}", "a")
         self.made, self.began, self.shown = 0, time.time(), time.time()
 
-    def done(self) -> dict[int, int]:
-        """Numbers and checksums of the batches that are recorded as finished."""
-        lines = []
+    def missing(self, rank: int, world: int) -> list[range]:
+        """Of every world-th batch, from the rank-th on, those that no record has with the checksum
+        of their rows."""
+        done = set()
         for path in glob.glob(glob.escape(self.folder) + "/done.*"):
             with open(path, errors="replace") as file:
-                lines += re.findall(r"^(\d+) (\d+)\n", file.read(), re.MULTILINE)
-        return {int(number): int(checksum) for number, checksum in lines}
+                done.update(re.findall(r"^(\d+) (\d+)\n", file.read(), re.MULTILINE))
+        tried, found = {int(number) for number, _ in done}, []
+        for i in range(rank, -(-len(self.rows) // self.batch), world):
+            numbers = range(len(self.rows))[i * self.batch:(i + 1) * self.batch]
+            if i not in tried or (  # not read, where nothing was written
+                    str(i), str(zlib.crc32(self.rows[numbers.start:numbers.stop]))) not in done:
+                found.append(numbers)
+        return found
 
     def fill(self, numbers: range, rows: np.ndarray):
         """Writes the rows (n, ...) of one batch of `todo`, and how far this process is."""
@@ -341,29 +350,38 @@ class LongArray:
                   f"{(total - self.made) / rate / 60:.1f} min left", flush=True)
 
     def close(self):
-        """Waits for all processes, whose batches then are all there."""
-        self.file.close()
-        self.record.close()
+        """Waits for all processes. Raises a Mistake where rows are not there all the same."""
+        with about(self.folder):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.record.close()
         wait()
+        if is_first() and self.missing(0, 1):
+            raise Mistake(f"{self.folder} lost rows; the same command makes them again")
+
+
+    def remove(self):
+        """Removes the folder, when the rows are elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def write_pngs(path: str, array: LongArray, names: list[str]):
-    """Writes the images of a finished array into a folder, and removes that of the array."""
+    """Writes the images of a finished array into a folder."""
     part = os.path.join(array.folder, "pngs")
     for name, image in zip(names, array.rows):
         write_picture(os.path.join(part, name), Image.fromarray(image))
     with about(path):
         os.replace(part, path)
-    shutil.rmtree(array.folder)
 
 
-def write_npz(path: str, array: LongArray):
-    """Writes a finished array as arr_0, and removes its folder."""
+def write_npz(path: str, rows: np.ndarray):
+    """Writes an array as arr_0, a part at a time."""
     def save(file):
         with zipfile.ZipFile(file, "w") as archive:
-            archive.write(os.path.join(array.folder, "rows.npy"), "arr_0.npy")
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, rows)
     write(path, save)
-    shutil.rmtree(array.folder)
 
 
 # ---- Pixels --------------------------------------------------------------------------------------
@@ -765,7 +783,7 @@ def join_processes() -> tuple[int, int, torch.device]:
         return 0, 1, device
     # Processes wait for one another when one has done its share of the tokens long before.
     on_gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(**{"backend": "gloo", "timeout": timedelta(hours=1), **on_gpu})
+    dist.init_process_group(**{"backend": "gloo", "timeout": timedelta(hours=12), **on_gpu})
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -893,13 +911,13 @@ class Pipeline:
 
 def draw_grid(pipeline: Pipeline, labels: list[int], count: int) -> Tensor:
     """Images (count, 3, H, W), labels in turn."""
-    todo, batch = in_turn(labels, count), pipeline.batch
+    todo, batch = repeat(labels, count), pipeline.batch
     return torch.cat([pipeline.images([*range(count)][first:first + batch],
                                       todo[first:first + batch])
                       for first in range(0, count, batch)])
 
 
-def in_turn(labels: list[int], count: int) -> list[int]:
+def repeat(labels: list[int], count: int) -> list[int]:
     return [*islice(cycle(labels), count)]
 
 
@@ -908,7 +926,7 @@ def write_stream(pipeline: Pipeline, config: SampleConfig, labels: list[int]):
     animation, and the last preview as --out."""
     stem, count = os.path.splitext(config.out)[0], pipeline.batch
     previews, frames = [], []
-    for images in pipeline.previews([*range(count)], in_turn(labels, count)):
+    for images in pipeline.previews([*range(count)], repeat(labels, count)):
         previews.append(images)
         frames.append(image_grid(images, min(10, count)))
         path = f"{stem}_{len(frames) * pipeline.group_size:03d}.png"
@@ -955,9 +973,10 @@ def write_samples(pipeline: Pipeline, config: SampleConfig, cfg: str, path: str,
     array.close()
     if is_first():
         if config.npz:
-            write_npz(path, array)
+            write_npz(path, array.rows)
         else:
             write_pngs(path, array, [f"{i:06d}_class{label(i):04d}.png" for i in range(count)])
+        array.remove()
         print(path)
 
 
@@ -982,28 +1001,25 @@ def write_reconstructions(pipeline: Pipeline, config: SampleConfig, files: list[
     settings = {"seed": config.seed, "groups": pipeline.groups, "steps": config.steps,
                 "solver": config.solver, "device": pipeline.device.type, "images": files,
                 "weights": weights}
-    names, shape = (f"{stem}_originals.npz", f"{stem}_reconstructions.npz"), (size, size, 3)
-    originals, decoded = (LongArray(name, (len(files), *shape), np.uint8, pipeline.batch, settings)
-                          for name in names)
-    for numbers in decoded.todo:
+    pairs = LongArray(stem, (len(files), 2, size, size, 3), np.uint8, pipeline.batch, settings)
+    for numbers in pairs.todo:
         images = [to_tensor(center_crop(read_image(files[number], size), size))
                   for number in numbers]
         images = torch.stack(pipeline.pad(images)).to(pipeline.device)
-        tokens, count = pipeline.tokenizer.encode(images), len(numbers)
-        originals.fill(numbers, to_uint8(images)[:count])
-        decoded.fill(numbers, to_uint8(pipeline.decode(pipeline.pad(numbers), tokens))[:count])
-    originals.close()
-    decoded.close()
+        decoded = pipeline.decode(pipeline.pad(numbers), pipeline.tokenizer.encode(images))
+        pairs.fill(numbers, np.stack([to_uint8(images), to_uint8(decoded)], 1)[:len(numbers)])
+    pairs.close()
     if is_first():
         def tensor(rows: np.ndarray) -> Tensor:
             return torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2) / 127.5 - 1
 
-        total = sum(psnr(tensor(decoded.rows[i:i + 1]), tensor(originals.rows[i:i + 1]))
-                    for i in range(len(files)))
-        pairs = torch.stack([tensor(array.rows[:20]) for array in (originals, decoded)], 1)
-        write_picture(config.out, image_grid(pairs.flatten(0, 1), min(10, 2 * len(pairs))))
-        for name, array in zip(names, (originals, decoded)):
-            write_npz(name, array)
+        total = sum(psnr(tensor(pair[1:]), tensor(pair[:1])) for pair in pairs.rows)
+        shown = tensor(pairs.rows[:20].reshape(-1, size, size, 3))
+        write_picture(config.out, image_grid(shown, min(10, len(shown))))
+        names = f"{stem}_originals.npz", f"{stem}_reconstructions.npz"
+        for i, name in enumerate(names):
+            write_npz(name, pairs.rows[:, i])
+        pairs.remove()
         print(f"PSNR {total / len(files):.2f} dB over {len(files):,} images\n" + "\n".join(names)
               + f"\n{config.out}: originals, each beside its reconstruction")
 
@@ -1033,7 +1049,7 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
     weights and the cache once a step at its memory bandwidth, or compute all products at the rate
     of a large one, both measured here."""
     tokenizer, device, batch = pipeline.tokenizer, pipeline.device, pipeline.batch
-    numbers, todo = [*range(batch)], in_turn(labels, batch)
+    numbers, todo = [*range(batch)], repeat(labels, batch)
     dtype = ar.head.weight.dtype
     bandwidth, product_rate = measure_machine(pipeline, dtype)
     if pipeline.on_gpu:
@@ -1050,7 +1066,7 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
 
     rows = len(pipeline.sampler.cache.blocks[0][0])
     weights = sum(p.numel() for name, p in ar.named_parameters() if "embedding" not in name)
-    cache = rows * ar.config.depth * 2 * ar.config.width * (count + pipeline.group_size) / 2
+    cache = rows * ar.config.depth * 2 * ar.config.width * (count + pipeline.sampler.bucket) / 2
     reading = dtype.itemsize * weights / bandwidth  # seconds a step
     caching = dtype.itemsize * cache / bandwidth
     computing = 2 * weights * rows / product_rate
@@ -1186,7 +1202,7 @@ def main(argv: list[str] | None = None):
     _, _, device = join_processes()
 
     # Everything that can be wrong is looked at first
-    many = config.npz or config.png
+    many = os.path.normpath(config.npz or config.png) if config.npz or config.png else ""
     files = find_images(config.reconstruct) if config.reconstruct else []
     files = files[:config.num_images or None]
     if config.prefix:
@@ -1197,11 +1213,12 @@ def main(argv: list[str] | None = None):
     cfgs, (stem, ending) = config.cfg.split(","), os.path.splitext(many)
     paths = [many] if len(cfgs) == 1 else [
         f"{stem}_{cfg.replace(':', '-')}{ending}" for cfg in cfgs]
-    for path in paths if many else ():
-        if os.path.exists(path):
-            raise Mistake(f"{path} is there already; give another name")
+    there = {path for path in paths if many and os.path.exists(path)}
+    if len(there) == len(paths):
+        raise Mistake(f"{', '.join(paths)} is there already; give another name")
+    wait()  # all have looked before one writes
     if is_first() and not config.benchmark:
-        reserve(*(paths if many else [config.out]))
+        reserve(*({*paths} - there if many else [config.out]))
 
     # The images in the fewest batches of at most --batch, of nearly one size
     one_row = config.stream or config.prefix or len(cfgs) > 1 and not many
@@ -1215,6 +1232,8 @@ def main(argv: list[str] | None = None):
 
     grid = []
     for cfg, path in zip(cfgs, paths):
+        if path in there:  # made before this command was killed
+            continue
         pipeline = Pipeline(ar, tokenizer, config, cfg, batch, device)
         if config.benchmark:
             benchmark(pipeline, ar, labels)
@@ -1230,6 +1249,7 @@ def main(argv: list[str] | None = None):
             write_samples(pipeline, config, cfg, path, labels, count, weights)
         else:
             grid.append(draw_grid(pipeline, labels, count))
+        del pipeline  # and its memory, before the next one takes its own
     if grid:  # several guidances: a row each; else up to ten labels: a column each
         columns = len(labels) if 1 < len(labels) <= 10 else 10
         columns = count if len(grid) > 1 else min(columns, count)

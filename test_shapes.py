@@ -537,21 +537,17 @@ def test_unused_codebook_rows_are_reseeded():
 
 def test_the_autoregressive_model_sees_the_same_tokens_on_any_number_of_processes():
     codes = np.arange(30 * (1 + 10 * 4), dtype=np.uint16).reshape(30, -1)
-    sizes = SimpleNamespace(num_classes=codes.size, vocab_size=codes.size)
     for step in (0, 5):
         seen = []
         for world, accumulate in ((1, 1), (1, 4), (2, 1), (2, 2)):
             config = train_ar.TrainConfig(batch=8, steps=step + 1, accumulate=accumulate)
             parts = [part for rank in range(world)
-                     for part in train_ar.stored_tokens(codes, config, sizes, step, rank, world)]
+                     for part in train_ar.stored_tokens(codes, config, step, rank, world)]
             seen.append([torch.cat(part).tolist() for part in zip(*parts)])
         assert all(one == seen[0] for one in seen) and len(seen[0][1]) == 8
         for place, (label, tokens) in enumerate(zip(*seen[0]), 8 * step):
             row = codes[train_tokenizer.Shuffle(30, 0)[place]].tolist()
             assert label == row[0] and tokens in [row[i:i + 4] for i in range(1, 41, 4)]
-    sizes.vocab_size = 1000  # of which there are more in the codes
-    raises(Mistake, "are damaged; remove the folder", list,
-           train_ar.stored_tokens(codes, config, sizes, 0, 0, 1))
 
 
 # ---- Runs of the trainers ------------------------------------------------------------------------
@@ -696,6 +692,9 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_gone_on_from(tmp_p
             ("ar", lambda path: change(path, not_finite)),
             ("tokenizer", lambda path: change(path, lambda saved: saved.pop("use"))),
             ("tokenizer", lambda path: change(path, lambda saved: saved["optimizer"].clear())),
+            ("ar", lambda path: change(path, lambda saved: saved.update(step=10 ** 30))),
+            ("tokenizer", lambda path: change(path, lambda saved: saved["optimizer"]["state"][3][
+                "exp_avg_sq"].sub_(1))),
             ("ar", os.remove))):  # as if killed between two renamings
         out = str(shutil.copytree(trained(name), tmp_path / str(i)))
         last = join(out, "last.pt")
@@ -709,6 +708,11 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_gone_on_from(tmp_p
     for path in (last, last + ".previous"):
         flip(path)
     raises(Mistake, "is no readable checkpoint", train, "ar", out)
+    for name, other in (("ar", "tokenizer"), ("tokenizer", "ar")):  # --out of the other trainer
+        out = str(shutil.copytree(trained(other), tmp_path / name))
+        before = sorted(os.listdir(out))
+        raises(Mistake, f"is not a checkpoint of kind '{name}'", train, name, out)
+        assert {*os.listdir(out)} == {*before, "lock"}
 
 
 def test_other_settings_are_refused_or_said_when_a_run_goes_on(tmp_path):
@@ -720,7 +724,7 @@ def test_other_settings_are_refused_or_said_when_a_run_goes_on(tmp_path):
             ("tokenizer", ["--batch", "8"], "--batch 8 (was 4)"),
             ("tokenizer", ["--data", photographs()], f"--data {photographs()} (was shapes)"),
             ("ar", ["--seed", "1"], "--seed 1 (was 0)"),
-            ("ar", ["--tokenizer", other], "--tokenizer ")):
+            ("ar", ["--tokenizer", other], "another --tokenizer")):
         raises(Mistake, f"was saved with other settings: {text}", train, name, trained(name),
                *flags)
         said = train(name, trained(name), *flags, "--changed")
@@ -897,7 +901,10 @@ def test_held_out_numbers_are_logged():
 def fill(array: sample.LongArray, batches: int):
     for numbers in array.todo[:batches]:
         quietly(array.fill, numbers, np.array([[i, i + 1] for i in numbers], np.uint16))
-    array.close()
+    if batches < len(array.todo):
+        raises(Mistake, "lost rows; the same command makes them again", array.close)
+    else:
+        array.close()
 
 
 def test_a_long_array_is_made_anew_where_its_rows_or_records_are_damaged(tmp_path):
@@ -934,7 +941,7 @@ def test_codes_go_on_where_they_were_killed(tmp_path):
             raise KeyboardInterrupt
         return real(self, images)
     tokenizer, views = small_tokenizer(), train_ar.Views(train_tokenizer.Shapes(0, 40, 32), 32, 10)
-    given = (train_ar.TrainConfig(codes=str(tmp_path), views=10, workers=0), tokenizer, views,
+    given = (train_ar.TrainConfig(codes=str(tmp_path), views=10, workers=0), tokenizer, "", views,
              train_tokenizer.Unreadable(str(tmp_path), 40))
     with patched(Tokenizer, "encode", encode):
         with contextlib.suppress(KeyboardInterrupt):
@@ -947,8 +954,10 @@ def test_codes_go_on_where_they_were_killed(tmp_path):
     codes = np.load(path)
     for i in (0, 5, 39):
         assert codes[i].tolist() == [i % 10, *tokenizer.encode(views[i][0]).flatten().tolist()]
-    path.write_bytes(path.read_bytes()[:1000])
-    raises(Mistake, f"{path} is damaged; remove it", train_ar.read_codes, *given)
+    codes[17, 5] = 64  # no row of the codebook
+    for harm in (lambda: np.save(path, codes), lambda: os.truncate(path, 1000)):
+        harm()
+        raises(Mistake, f"{path} is damaged; remove it", train_ar.read_codes, *given)
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -1403,7 +1412,9 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
             ("has no setting odd", {**whole, "config": {**whole["config"], "odd": 1}}),
             ("width must be", {**whole, "config": {**whole["config"], "width": -1}}),
             ("is no tensor with a name", {**whole, "model": {"head.weight": [1]}}),
-            ("norm.weight is not finite", {**whole, "model": {"norm.weight": odd / odd}}),
+            *(("norm.weight is no plain tensor", {**whole, "model": {"norm.weight": wrong}})
+              for wrong in (odd / odd, odd.to(torch.int8), odd.to(torch.cfloat), odd.to_sparse())),
+            ("is neither a checkpoint of this code nor", whole["model"]),
             ("does not fit", {**whole, "model": {"norm.weight": odd}})):
         torch.save(changed, path)
         raises(Mistake, text, load_ar, path)
@@ -1453,7 +1464,7 @@ def test_mistakes_and_misuse_of_the_models_get_one_clear_line(tmp_path):
             (sample, "no meaning with --stream", "--stream --steps 4"),
             (sample, "--batch is 100", "--stream --num 101"),
             (sample, "is there already", f"--npz {image}"),
-            (sample, "is a folder, where a file", f"--out {folder}"),
+            (sample, "is no file, where one", f"--out {folder}"),
             (sample, "--tokens must be a multiple", "--tokens 6"),
             (sample, "no image at nowhere", "--prefix nowhere"),
             (sample, "cannot be read", f"--prefix {tokenizer}"),
@@ -1987,7 +1998,7 @@ def test_mistakes_of_evaluation_get_one_line_before_the_work():
                     ("--batch must be 1 or more", [good, good, "--batch", "0"]),
                     ("--batch must be 1 or more", [good, good, "--batch", "-1"]),
                     ("cannot write", [good, good, "--json", os.path.join(root, "no", "f.json")]),
-                    ("cannot write", [good, good, "--json", ""]),
+                    ("need a value", [good, good, "--json", ""]),
                     ("cannot write", [good, "--save-stats", root]),
                     ("cannot write", [good, "--save-stats", os.path.join(good, "f")]),
                     ("would be overwritten", [few, good, "--json", good]),

@@ -11,7 +11,6 @@ carry the tokenizer.
 import copy
 import hashlib
 import os
-import shutil
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Annotated, Iterator, Literal
@@ -129,12 +128,12 @@ def encode_all(tokenizer: Tokenizer, views: Views, batches: list, workers: int,
         yield torch.cat([labels[:, None], tokens], 1).numpy().astype(np.uint16)
 
 
-def read_codes(config: TrainConfig, tokenizer: Tokenizer, views: Views,
+def read_codes(config: TrainConfig, tokenizer: Tokenizer, digest: str, views: Views,
                unreadable: Unreadable) -> np.ndarray:
     """Labels and tokens of all images, (images, 1 + views * N) uint16 as in `encode_all`, memory-
     mapped from a file in the folder `codes`, which the first call writes. The file is named after a
-    digest of the tokenizer and the images; others need another file. Raises Mistake."""
-    note = {"tokenizer": fingerprint(tokenizer), "images": views.source.describe(),
+    digest of the tokenizer and of the images' names; others need another file. Raises Mistake."""
+    note = {"tokenizer": digest, "images": views.source.describe(),
              "count": len(views), "views": views.views, "classes": len(views.source.classes)}
     name = hashlib.sha256(str(note).encode()).hexdigest()[:16]
     path = os.path.join(config.codes, name + ".npy")
@@ -150,7 +149,7 @@ def read_codes(config: TrainConfig, tokenizer: Tokenizer, views: Views,
         if is_first():
             os.replace(os.path.join(array.folder, "rows.npy"), path)
             os.replace(os.path.join(array.folder, "settings.json"), path[:-3] + "json")
-            shutil.rmtree(array.folder)
+            array.remove()
         wait()
     try:
         codes = np.load(path, mmap_mode="r")
@@ -251,13 +250,15 @@ def main(argv: list[str] | None = None):
     # Resume
     claim(config)
     parts = {"model": model, "ema": ema}
-    settings = {**asdict(config), "tokenizer": fingerprint(tokenizer)}  # wherever its file lies
+    digest = fingerprint(tokenizer)
+    settings = {**asdict(config), "tokenizer": digest}  # wherever its file lies
     first_step = resume(config, settings, "ar", parts, optimizer)
     announce("ar", model, train, first_step, config, world, device)
 
     # The tokens of all images, and of some held-out ones
-    codes = read_codes(config, tokenizer, Views(train, size, config.views),
-                       Unreadable(config.out, len(train)))
+    share = max(len(train) / world, min(len(train), 200))  # to read; of few, chance would decide
+    codes = read_codes(config, tokenizer, digest, Views(train, size, config.views),
+                       Unreadable(config.out, share))
     shown = some_of(config.eval_images, len(held_out))
     val = [*encode_all(tokenizer, Views(held_out, size, 1),
                        [shown[i:i + 128] for i in range(0, len(shown), 128)], config.workers,

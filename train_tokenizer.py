@@ -286,6 +286,8 @@ def load_parts(saved: dict, path: str, parts: dict[str, nn.Module], optimizer):
             part.load_state_dict(saved[name])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+        if len(optimizer.state) < len([*parts["model"].parameters()]):
+            raise ValueError
         for parameter, state in optimizer.state.items():
             values = torch.stack([state["exp_avg"], state["exp_avg_sq"]])
             if (values[0].shape != parameter.shape or not 0 <= values[1].min() or not
@@ -331,7 +333,8 @@ def resume(config, settings: dict, kind: str, parts: dict[str, nn.Module], optim
         raise Mistake(f"{path} has another architecture; give --out with another folder")
     other = {name: (saved["settings"].get(name), value) for name, value in settings.items()
              if saved["settings"].get(name) != value and name not in FREE}
-    text = ", ".join(f"--{name.replace('_', '-')} {new} (was {old})"
+    text = ", ".join(f"another --{name}" if name == "tokenizer" else
+                     f"--{name.replace('_', '-')} {new} (was {old})"
                      for name, (old, new) in other.items())
     if KEPT & {*other} and not config.changed:
         raise Mistake(f"{path} was saved with other settings: {text}; give those, another --out, "
@@ -355,6 +358,7 @@ def claim(config):
         lock(config.out)
         reserve(*(os.path.join(config.out, name) for name in (
             "last.pt", "last.pt.new", "last.pt.previous", "log.jsonl", "unreadable.txt")))
+    wait()
 
 
 def announce(kind: str, model: nn.Module, train, step: int, config, world: int, device):
@@ -582,10 +586,10 @@ def read_or_another(source, i: int) -> tuple[Image.Image, int, str]:
 
 
 class Unreadable:
-    """Names each image that cannot be read once, in the output and in a file. Raises a Mistake when
-    they are more than 1 % of the `total` images, if these are 20 or more."""
+    """Names each image that this process cannot read once, in the output and in a file. Raises a
+    Mistake when they are more than 1 % of the `total` images, if these are 20 or more."""
 
-    def __init__(self, out: str, total: int):
+    def __init__(self, out: str, total: float):
         self.path, self.total, self.known = os.path.join(out, "unreadable.txt"), total, set()
 
     def note(self, lines: list[str]):
@@ -803,8 +807,8 @@ def evaluate(model: Tokenizer, images: Tensor, seed: int) -> tuple[dict, Image.I
     numbers = dict.fromkeys(("flow_by_group", "vq_by_group", "group_knows"), 0.0)
     noise = torch.randn(images.shape, generator=seeded(seed, Purpose.EVALUATION)).to(images.device)
     for part, eps in zip(images.split(64), noise.split(64)):
+        tokens = model.encode(part)                                          # (n, N)
         with autocast(images.device):
-            tokens = model.encode(part)                                      # (n, N)
             previews = [*model.stream(tokens.split(config.group_size, 1), eps)]
             outputs = [model(part, torch.full_like(eps[:, 0, 0, 0], k / config.num_groups), eps)
                        for k in range(config.num_groups)]
