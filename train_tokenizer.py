@@ -40,7 +40,7 @@ from sample import (IMAGE_ENDINGS, Mistake, Purpose, Seed, about, autocast, buil
                     write_picture)
 
 Weight = Annotated[float, 0, 1e6]
-BelowOne = Annotated[float, 0, 1 - 1e-9]
+BelowOne = Annotated[float, 0, 0.99999]
 Steps = Annotated[int, 1, 2 ** 40]
 StepsOrNone = Annotated[int, 0, 2 ** 40]
 
