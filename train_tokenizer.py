@@ -230,7 +230,7 @@ class Stop:
     processes; a second Ctrl-C ends at once."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal = self.agreed = 0  # what this process was sent, and what all know of
         # gloo also on GPUs: the CPU would wait for what NCCL sums.
         nccl = dist.is_initialized() and dist.get_backend() == "nccl"
         self.peers = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if nccl else None
@@ -244,11 +244,11 @@ class Stop:
 
     def asked(self) -> bool:
         """Whether any process was sent a signal; all processes call this after each step."""
+        latest = torch.tensor(self.signal)  # a signal may come while processes exchange the last
         if dist.is_initialized():
-            latest = torch.tensor(self.signal)
             dist.all_reduce(latest, dist.ReduceOp.MAX, self.peers)
-            self.signal = int(latest)
-        return self.signal > 0
+        self.agreed = int(latest)
+        return self.agreed > 0
 
     def release(self):
         for number, handler in self.before.items():
@@ -259,11 +259,11 @@ class Stop:
         wait()  # for the first process to have saved: the first to leave ends the others
         self.release()
         if is_first():
-            print(f"{signal.Signals(self.signal).name}: saved after step {step}; the same command "
+            print(f"{signal.Signals(self.agreed).name}: saved after step {step}; the same command "
                   "goes on from there", flush=True)
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(128 + self.signal)
+        sys.exit(128 + self.agreed)
 
 
 def start_from(model: nn.Module, weights: dict, path: str, free: tuple = ()):
