@@ -192,13 +192,18 @@ def run(main: Callable):
     name = os.path.basename(sys.argv[0])
     try:
         main()
+        if "RANK" in os.environ:  # under torchrun: without Python's own end, in which threads of
+            sys.stdout.flush()    # torch, after compiling, abort now and then
+            sys.stderr.flush()
+            os._exit(0)
     except Mistake as error:
         # The last line: an error in a data loader's process arrives with a traceback before it.
         sys.exit(f"{name}: {str(error).splitlines()[-1].removeprefix('sample.Mistake: ')}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: stopped; what was saved is whole")
-    except (MemoryError, RuntimeError) as error:  # a CPU's lack of memory has no class of its own
-        if not re.search("^$|out of memory|can't allocate memory", str(error)):
+    except (MemoryError, RuntimeError) as error:  # torch's lack of memory, on a CPU, has no class
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory",
+                                                             str(error)):
             raise
         sys.exit(f"{name}: out of memory; give a smaller --batch, or in training --accumulate N")
 
@@ -240,12 +245,17 @@ def write_picture(path: str, image: Image.Image, **options):
     write(path, lambda file: image.save(file, kind, **options))
 
 
+def refuse_odd(*paths: str):
+    """Raises a Mistake where a folder, device or the like is in the way of a file."""
+    for path in paths:
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise Mistake(f"{path} is no file, where one is to be written; move it away")
+
+
 def reserve(*paths: str):
     """Raises a Mistake where `write` could not write one of the paths."""
     for path in paths:
-        for name in (path, path + ".tmp"):
-            if os.path.lexists(name) and not os.path.isfile(name):
-                raise Mistake(f"{name} is no file, where one is to be written; move it away")
+        refuse_odd(path, path + ".tmp")
         with about(path):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             fresh = not os.path.exists(path + ".tmp")
@@ -262,8 +272,7 @@ def lock(folder: str):
     except ImportError:  # Windows
         return None
     path = os.path.join(folder, "lock")
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise Mistake(f"{path} is no file, where one is to be written; move it away")
+    refuse_odd(path)
     with about(folder):
         os.makedirs(folder, exist_ok=True)
         file = open(path, "w")
@@ -359,7 +368,6 @@ class LongArray:
         wait()
         if is_first() and self.missing(0, 1):
             raise Mistake(f"{self.folder} lost rows; the same command makes them again")
-
 
     def remove(self):
         """Removes the folder, when the rows are elsewhere."""

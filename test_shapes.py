@@ -1533,7 +1533,7 @@ def loss_log(name: str, out: str) -> list[float]:
 def train_in_bf16(name: str, *argv: str):
     """In a process of torchrun."""
     with patched(train_tokenizer, "autocast", in_bf16), patched(train_ar, "autocast", in_bf16):
-        TRAINERS[name].main([*argv])
+        sample.run(lambda: TRAINERS[name].main([*argv]))
 
 
 def test_two_compiled_processes_in_bf16_and_two_passes_learn_as_one_eager_in_float32(tmp_path):

@@ -384,6 +384,7 @@ def distribute(model: nn.Module, blocks: list[nn.Module], config, world: int, de
 
 def end(kind: str, config):
     """The end of a run: prints where its checkpoint is, and leaves the other processes."""
+    wait()  # for the first process to have saved: what goes wrong in leaving would end it
     if is_first():
         print(f"{kind}: {os.path.join(config.out, 'last.pt')}")
     if dist.is_initialized():
