@@ -76,8 +76,8 @@ PRESETS = {
     "toy": (TrainConfig(data="shapes", size="toy", views=1, steps=600, batch=64, lr=2e-3,
                         lr_final=1e-4, warmup_steps=50, decay_steps=400, ema=0.98,
                         dropout=0.0, cfg_end=3.0, workers=0, eval_every=300, save_every=200),),
-    "cifar": (TrainConfig(data="data/cifar10", size="cifar", views=2, steps=3000, batch=64,
-                          lr=1e-3, lr_final=1e-5, warmup_steps=100, decay_steps=1500, ema=0.99,
+    "cifar": (TrainConfig(data="data/cifar10", size="cifar", views=2, steps=2000, batch=64,
+                          lr=1e-3, lr_final=1e-5, warmup_steps=100, decay_steps=1000, ema=0.99,
                           cfg_end=3.0, workers=0, eval_every=500, save_every=250),)}
 
 

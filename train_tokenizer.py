@@ -91,9 +91,9 @@ PRESETS = {  # name: (settings of the run, architecture)
                         repa=0.0, reseed_after=20, resize_max=1.0, flip=False,
                         workers=0, eval_every=400, save_every=400, eval_images=200),
             TOKENIZERS["toy"]),
-    "cifar": (TrainConfig(data="data/cifar10", steps=12_000, batch=32, lr=1e-3, lr_final=1e-4,
-                          warmup_steps=100, decay_steps=6000, lpips=0.0, repa=0.0, reseed_after=50,
-                          resize_max=1.125, workers=0, eval_every=1000, save_every=500,
+    "cifar": (TrainConfig(data="data/cifar10", steps=7200, batch=32, lr=1e-3, lr_final=1e-4,
+                          warmup_steps=100, decay_steps=3600, lpips=0.0, repa=0.0, reseed_after=50,
+                          resize_max=1.125, workers=0, eval_every=600, save_every=300,
                           eval_images=192), TOKENIZERS["cifar"])}
 
 
