@@ -374,15 +374,6 @@ class LongArray:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def write_pngs(path: str, array: LongArray, names: list[str]):
-    """Writes the images of a finished array into a folder."""
-    part = os.path.join(array.folder, "pngs")
-    for name, image in zip(names, array.rows):
-        write_picture(os.path.join(part, name), Image.fromarray(image))
-    with about(path):
-        os.replace(part, path)
-
-
 def write_npz(path: str, rows: np.ndarray):
     """Writes an array as arr_0, a part at a time."""
     def save(file):
@@ -910,10 +901,6 @@ class Pipeline:
                                          self.groups)
         return each_under(lambda: autocast(self.device), previews)
 
-    def wait(self):
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
 
 # ---- The modes -----------------------------------------------------------------------------------
 
@@ -948,11 +935,11 @@ def write_stream(pipeline: Pipeline, config: SampleConfig, labels: list[int]):
     print(f"{stem}_steps.png\n{stem}.gif\n{config.out}")
 
 
-def write_layouts(pipeline: Pipeline, config: SampleConfig, labels: list[int], kept: list[int],
-                  reference: Tensor):
-    """Layout control: the first tokens of the reference image (3, H, W), in the first column, are
-    kept, a number of them for each row; the others are drawn, for one label a column."""
-    reference = reference.to(pipeline.device)
+def write_layouts(pipeline: Pipeline, config: SampleConfig, labels: list[int], kept: list[int]):
+    """Layout control: the first tokens of the image `--prefix`, in the first column, are kept, a
+    number of them for each row; the others are drawn, for one label a column."""
+    size = pipeline.tokenizer.config.image_size
+    reference = to_tensor(center_crop(read_image(config.prefix, size), size)).to(pipeline.device)
     tokens, rows = pipeline.tokenizer.encode(reference[None])[0], []         # (N,)
     for number in kept:
         images = pipeline.images([*range(len(labels))], labels, tokens[:number])
@@ -983,7 +970,12 @@ def write_samples(pipeline: Pipeline, config: SampleConfig, cfg: str, path: str,
         if config.npz:
             write_npz(path, array.rows)
         else:
-            write_pngs(path, array, [f"{i:06d}_class{label(i):04d}.png" for i in range(count)])
+            part = os.path.join(array.folder, "pngs")
+            for i, image in enumerate(array.rows):
+                name = f"{i:06d}_class{label(i):04d}.png"
+                write_picture(os.path.join(part, name), Image.fromarray(image))
+            with about(path):
+                os.replace(part, path)
         array.remove()
         print(path)
 
@@ -1038,7 +1030,8 @@ def seconds_of(call: Callable, pipeline: Pipeline) -> float:
     while len(times) < 9 and sum(times) < 20:
         began = time.time()
         call()
-        pipeline.wait()
+        if pipeline.on_gpu:
+            torch.cuda.synchronize()
         times.append(time.time() - began)
     return sorted(times)[len(times) // 2]
 
@@ -1085,17 +1078,15 @@ def benchmark(pipeline: Pipeline, ar: AR, labels: list[int]):
         noise, cond = pipeline.noise([0]), tokenizer.condition(tokens[:1])
         flops = count_flops(lambda: tokenizer.velocity(noise, schedule[0], cond)) * len(schedule)
     name = torch.cuda.get_device_name() if pipeline.on_gpu else "CPU"
-    least = {"AR": count * max(reading + caching, computing),
-             "decoder": batch * flops / product_rate}  # seconds
     print(f"{name}, {str(dtype)[6:]}, batch {batch}, guidance {'on' if rows > batch else 'off'}\n"
           f"memory bandwidth {bandwidth / 1e9:.1f} GB/s, matrix products {product_rate / 1e12:.3f} "
           f"TFLOP/s\n"
           f"AR: {batch * count / drawing:.1f} tokens/s, {batch / drawing:.3g} images/s, "
-          f"{least['AR'] / drawing:.1%} of what the machine allows\n"
+          f"{count * max(reading + caching, computing) / drawing:.1%} of what the machine allows\n"
           f"  a step takes {1e3 * drawing / count:.2f} ms; reading the weights "
           f"{1e3 * reading:.2f}, the cache {1e3 * caching:.2f}, computing {1e3 * computing:.2f}\n"
           f"decoder: {flops / 1e12:.2f} TFLOP an image, {batch / decoding:.3g} images/s, "
-          f"{least['decoder'] / decoding:.1%} of what the machine allows\n"
+          f"{batch * flops / product_rate / decoding:.1%} of what the machine allows\n"
           f"together: {batch / (drawing + decoding):.3g} images/s, peak memory "
           f"{peak_memory():.1f} GB")
 
@@ -1172,21 +1163,19 @@ def newest_checkpoint(kinds: tuple) -> str:
     raise Mistake("no checkpoint under out/; train one, or give --ckpt FILE")
 
 
-def load_models(config: SampleConfig, device) -> tuple[AR | None, Tokenizer, list[str]]:
-    """The models and the names of the classes; to reconstruct, the tokenizer only. Sets --cfg to
-    the checkpoint's guidance where none was given."""
+def load_models(config: SampleConfig, device) -> tuple[AR | None, Tokenizer, list[int]]:
+    """The models and the labels to draw; to reconstruct, the tokenizer only. Sets --cfg to the
+    checkpoint's guidance where none was given."""
     if config.reconstruct:
         path = config.tokenizer or config.ckpt or newest_checkpoint(("ar", "tokenizer"))
         return None, load_tokenizer(path, device), []
     if config.size:
         tokenizer = Tokenizer(TOKENIZERS.get(config.size, TOKENIZERS["paper"])).eval()
         ar, config.cfg = AR(SIZES[config.size]).eval(), config.cfg or "none"
-        classes = [str(i) for i in range(ar.config.num_classes)]
-        return ar.to(device), tokenizer.to(device), classes
+        return ar.to(device), tokenizer.to(device), [*range(ar.config.num_classes)]
     path = config.ckpt or newest_checkpoint(("ar",))
     saved = read_checkpoint(path, "ar", {"settings": dict})
-    classes = saved["classes"]
-    parse_labels(config.labels, classes)  # mistakes come before the weights
+    labels = parse_labels(config.labels, saved["classes"])  # mistakes come before the weights
     if not config.cfg:
         ends = (checked(f"{path}: {name}", saved["settings"].get(name), Guidance)
                 for name in ("cfg_start", "cfg_end"))
@@ -1202,7 +1191,7 @@ def load_models(config: SampleConfig, device) -> tuple[AR | None, Tokenizer, lis
         raise Mistake(f"the tokenizer has {settings.num_tokens} tokens of "
                       f"{settings.codebook_size}, {path} predicts {ar.config.num_tokens} of "
                       f"{ar.config.vocab_size}")
-    return ar, tokenizer, classes
+    return ar, tokenizer, labels
 
 
 def main(argv: list[str] | None = None):
@@ -1215,8 +1204,7 @@ def main(argv: list[str] | None = None):
     files = files[:config.num_images or None]
     if config.prefix:
         open_image(config.prefix).close()
-    ar, tokenizer, classes = load_models(config, device)
-    labels = parse_labels(config.labels, classes)
+    ar, tokenizer, labels = load_models(config, device)
     kept = parse_keep(config.keep, tokenizer.config.num_tokens)
     cfgs, (stem, ending) = config.cfg.split(","), os.path.splitext(many)
     paths = [many] if len(cfgs) == 1 else [
@@ -1248,9 +1236,7 @@ def main(argv: list[str] | None = None):
         elif config.stream:
             write_stream(pipeline, config, labels)
         elif config.prefix:
-            size = tokenizer.config.image_size
-            image = to_tensor(center_crop(read_image(config.prefix, size), size))
-            write_layouts(pipeline, config, labels, kept, image)
+            write_layouts(pipeline, config, labels, kept)
         elif config.reconstruct:
             write_reconstructions(pipeline, config, files, weights)
         elif many:

@@ -370,16 +370,19 @@ def test_draws_have_the_models_distribution_from_the_first_possible_token_to_the
     assert model_ar.draw(logits[None], ends[:1], 0.0, 0, 1.0).item() == 1
 
 
-def test_compiled_generation_draws_the_same_tokens():
+def test_compiled_generation_draws_the_same_tokens_and_never_falls_back_to_eager_code():
     if shutil.which("c++") is None and shutil.which("g++") is None:
         raise unittest.SkipTest("no C++ compiler")
-    model, prefix = small_ar(depth=1), some_tokens(3)[:, :2]
-    labels, uniforms = torch.tensor([0, 1, 4]), torch.rand(3, 16)
-    expected = model.generate(labels, (1.1, 3.0), prefix, uniforms=uniforms)
-    sampler = model_ar.Sampler(model, 3, (1.1, 3.0), chunk=8, compiled=True)
-    for _ in range(2):  # state is kept between calls
-        chunks = [*sampler.chunks(labels, prefix, uniforms)]
-        assert torch.equal(torch.cat(chunks, 1), expected) and len(chunks) == 2
+    model = small_ar(depth=1)
+    with patched(torch._dynamo.config, "fail_on_recompile_limit_hit", True):
+        for batch in (1, 2):  # with and without guidance, seven lengths of the cache each
+            for cfg in (None, (1.1, 3.0)):
+                given = torch.arange(batch), some_tokens(batch)[:, :2], torch.rand(batch, 16)
+                expected = torch.cat([*model_ar.Sampler(model, batch, cfg).chunks(*given)], 1)
+                sampler = model_ar.Sampler(model, batch, cfg, chunk=2, compiled=True)
+                for _ in range(2):  # state is kept between calls
+                    chunks = [*sampler.chunks(*given)]
+                    assert torch.equal(torch.cat(chunks, 1), expected) and len(chunks) == 8
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -387,7 +390,7 @@ def test_compiled_generation_draws_the_same_tokens():
 def test_built_in_pictures_depend_on_their_number_and_survive_the_way_to_tensors_and_back():
     train, held_out = train_tokenizer.open_data("shapes", 32)
     assert np.array_equal(train[7][0], train_tokenizer.Shapes(5, 10, 32)[2][0])
-    assert train[7][1] == train.label(7) == 7 and len(train.classes) == 10
+    assert train[7][1] == 7 and len(train.classes) == 10
     assert train.first + len(train) <= held_out.first  # no picture in both
     assert not np.array_equal(train[7][0], train[17][0])
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
@@ -655,15 +658,11 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_exactly(tmp_path):
         def interrupting(*args):
             real(*args)
             os.kill(os.getpid(), number)
-        said, out = io.StringIO(), str(tmp_path / name)
-        with patched(TRAINERS[name], "update_ema", interrupting), \
-                contextlib.redirect_stdout(said):
-            try:
-                TRAINERS[name].main([*options(name), "--out", out])
-                raise AssertionError("did not leave")
-            except SystemExit as leaving:
-                assert leaving.code == 128 + number
-        assert f"{number.name}: saved after step 1; the same command" in said.getvalue()
+        out = str(tmp_path / name)
+        with patched(TRAINERS[name], "update_ema", interrupting):
+            said = quietly(raises, SystemExit, str(128 + number), TRAINERS[name].main,
+                           [*options(name), "--out", out])
+        assert f"{number.name}: saved after step 1; the same command" in said
         assert signal.getsignal(number) == before
         goes_on_exactly(name, out, first_step=1)
 
@@ -1118,8 +1117,7 @@ def test_reconstructions_come_with_the_same_crops_and_psnr(tmp_path):
 def test_a_trained_checkpoint_samples_the_same_picture_twice_and_a_benchmark_prints_rates(tmp_path):
     checkpoint, grids = join(trained("ar"), "last.pt"), []
     for flags in (["--cfg", "1.1:3"], ["--cfg", "2", "--labels", "a_dog,1,0"], ["--cfg", "1.1:3"]):
-        quietly(sample.main, ["--ckpt", checkpoint, "--num", "4", "--out",
-                              str(tmp_path / "grid.png"), *flags])
+        draw("--ckpt", checkpoint, "--num", 4, "--out", tmp_path / "grid.png", *flags)
         grids.append(Image.open(tmp_path / "grid.png").copy())
     assert grids[0].size == (2 * 48 + 2, 2 * 48 + 2) and grids[1].size == (3 * 48 + 4, 2 * 48 + 2)
     assert grids[0].tobytes() == grids[2].tobytes()
@@ -1559,11 +1557,9 @@ def test_the_passes_of_a_step_follow_from_the_memory_that_a_loss_keeps():
     model, config = torch.nn.Linear(10, 10), train_tokenizer.TrainConfig(batch=1024)
     for memory, passes in ((100e6, 1), (0.5e6, 4), (1e3, 128)):  # 0.4 MB hold 32 images, not 64
         device = SimpleNamespace(total_memory=memory)
-        with patched(torch.cuda, "get_device_properties", lambda _, device=device: device):
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said):
-                chosen = train_tokenizer.with_accumulate(config, loss, model, 8,
-                                                         torch.device("cuda"))
+        with patched(torch.cuda, "get_device_properties", lambda _, device=device: device), \
+                contextlib.redirect_stdout(io.StringIO()) as said:
+            chosen = train_tokenizer.with_accumulate(config, loss, model, 8, torch.device("cuda"))
         assert chosen.accumulate == passes and f"--accumulate {passes}:" in said.getvalue()
     assert train_tokenizer.with_accumulate(config, loss, model, 8, CPU).accumulate == 1
 
@@ -1576,23 +1572,11 @@ def test_counted_operations_are_close_to_the_rule_of_thumb():
     assert 1 < count / (2 * 16 * matrices) < 1.2  # two a weight and token, and attention
 
 
-def test_many_samplers_of_several_shapes_never_fall_back_to_eager_code():
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        raise unittest.SkipTest("no C++ compiler")
-    model = small_ar(depth=1)
-    with patched(torch._dynamo.config, "fail_on_recompile_limit_hit", True):
-        for batch in (1, 2):  # with and without guidance, four lengths of the cache each
-            for cfg in (None, (1.1, 3.0)):
-                sampler = model_ar.Sampler(model, batch, cfg, chunk=2, compiled=True)
-                [*sampler.chunks(torch.zeros(batch, dtype=torch.long))]
-
-
 # ---- The README ----------------------------------------------------------------------------------
 
 def test_python_in_the_readme_runs(tmp_path):
-    with open(join(HERE, "README.md")) as file:
-        ten_lines, validation, cifar = (block.split("```")[0] for block
-                                        in file.read().split("```python\n")[1:])
+    blocks = Path(HERE, "README.md").read_text().split("```python\n")[1:]
+    ten_lines, validation, cifar = (block.split("```")[0] for block in blocks)
     os.makedirs(tmp_path / "out" / "ar")
     shutil.copy(join(trained("ar"), "last.pt"), tmp_path / "out" / "ar")
     sample.image_grid(pictures(1), 1).save(tmp_path / "photo.jpg")
@@ -1602,8 +1586,7 @@ def test_python_in_the_readme_runs(tmp_path):
 
         os.makedirs("val")
         names = {f"ILSVRC2012_val_0000000{i}.JPEG": f"n0000000{i % 2}" for i in range(4)}
-        with open("val.txt", "w") as file:
-            file.writelines(f"{name} {wnid}\n" for name, wnid in names.items())
+        Path("val.txt").write_text("".join(f"{name} {wnid}\n" for name, wnid in names.items()))
         for name in names:
             shutil.copy("photo.jpg", join("val", name))
         with patched(sys, "argv", ["this.py", "val.txt", "val"]):
@@ -1671,8 +1654,7 @@ def save_images(folder, images, ending=".png"):
 
 
 def read_json(path):
-    with open(path) as file:
-        return json.load(file)
+    return json.loads(Path(path).read_text())
 
 
 def gaussian(n, d, seed):
@@ -1725,32 +1707,26 @@ def test_inception_equals_torch_fidelitys_in_random_weights():
     close(found.probs, logits.softmax(1), 1e-4 * found.probs.max())
 
 
-def test_weights_are_loaded_strictly_and_their_hash_is_checked():
-    def offline(*args):
-        raise urllib.error.URLError("no network")
-
-    with tempfile.TemporaryDirectory() as root:
-        path, weights = os.path.join(root, "random.pth"), random_inception().state_dict()
-        torch.save(weights, path)
-        loaded = fid.load_inception(path).state_dict()
-        assert all(torch.equal(loaded[name], value) for name, value in weights.items())
-        with open(path, "rb") as file:
-            digits = hashlib.sha256(file.read()).hexdigest()[:8]
-        named, misnamed = (os.path.join(root, f"x-{hash}.pth") for hash in (digits, "01234567"))
-        os.rename(path, named)
-        fid.load_inception(named)
-        os.rename(named, misnamed)
-        raises(fid.Mistake, f"says; fetch {fid.WEIGHTS}", fid.load_inception, misnamed)
-        # Another name, another shape, no state dict, other objects.
-        renamed = {name.replace("fc.", "AuxLogits."): value for name, value in weights.items()}
-        for wrong in (renamed, weights | {"fc.bias": torch.zeros(1000)}, [1], SMALL):
-            torch.save(wrong, path)
-            raises(fid.Mistake, f"{path}: not the weights of this network; fetch {fid.WEIGHTS}",
-                   fid.load_inception, path)
-        with patched(torch.hub, "get_dir", lambda: root), \
-                patched(torch.hub, "download_url_to_file", offline):
-            place = os.path.join(root, "checkpoints", "pt_inception-2015-12-05-6726825d.pth")
-            raises(fid.Mistake, f"at '{place}'; fetch {fid.WEIGHTS}", fid.load_inception)
+def test_weights_are_loaded_strictly_and_their_hash_is_checked(tmp_path):
+    path, weights = str(tmp_path / "random.pth"), random_inception().state_dict()
+    torch.save(weights, path)
+    loaded = fid.load_inception(path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+    digits = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    named, misnamed = (str(tmp_path / f"x-{hash}.pth") for hash in (digits, "01234567"))
+    os.rename(path, named)
+    fid.load_inception(named)
+    os.rename(named, misnamed)
+    raises(fid.Mistake, f"says; fetch {fid.WEIGHTS}", fid.load_inception, misnamed)
+    # Another name, another shape, no state dict, other objects.
+    renamed = {name.replace("fc.", "AuxLogits."): value for name, value in weights.items()}
+    for wrong in (renamed, weights | {"fc.bias": torch.zeros(1000)}, [1], SMALL):
+        torch.save(wrong, path)
+        raises(fid.Mistake, f"{path}: not the weights of this network; fetch {fid.WEIGHTS}",
+               fid.load_inception, path)
+    with offline(tmp_path):
+        place = tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+        raises(fid.Mistake, f"at '{place}'; fetch {fid.WEIGHTS}", fid.load_inception)
 
 
 def test_moments_are_numpys_for_any_split_into_batches():
@@ -1823,90 +1799,80 @@ def test_precision_and_recall_are_those_of_known_sets_and_of_brute_force():
         assert found == brute_force(x.double().numpy(), y.double().numpy(), k)
 
 
-def test_images_of_an_npz_are_never_read_as_a_whole():
+def test_images_of_an_npz_are_never_read_as_a_whole(tmp_path):
     images = noise_images(600, size=(64, 64))                                # 7.4 MB
-    with tempfile.TemporaryDirectory() as root:
-        path = os.path.join(root, "images.npz")
-        for save in (np.savez, np.savez_compressed):
-            save(path, images)
-            tracemalloc.start()
-            side = fid.open_side(path)
-            for first in (*range(0, 600, 10), 30):
-                assert np.array_equal(side.read(first, first + 10), images[first:first + 10])
-            assert side.count == 600 and tracemalloc.get_traced_memory()[1] < 4e6
-            tracemalloc.stop()
+    path = os.path.join(tmp_path, "images.npz")
+    for save in (np.savez, np.savez_compressed):
+        save(path, images)
+        tracemalloc.start()
+        side = fid.open_side(path)
+        for first in (*range(0, 600, 10), 30):
+            assert np.array_equal(side.read(first, first + 10), images[first:first + 10])
+        assert side.count == 600 and tracemalloc.get_traced_memory()[1] < 4e6
+        tracemalloc.stop()
 
 
-def test_a_folder_is_read_by_path_without_hidden_files_and_no_folder_twice():
+def test_a_folder_is_read_by_path_without_hidden_files_and_no_folder_twice(tmp_path):
     x = noise_images(4)
-    with tempfile.TemporaryDirectory() as root:
-        save_images(os.path.join(root, "b"), x[:2])
-        save_images(os.path.join(root, "b", ".hidden"), x)
-        save_images(os.path.join(root, "elsewhere", "c"), x[2:], ".PNG")
-        os.symlink(os.path.join("..", "elsewhere", "c"), os.path.join(root, "b", "link"))
-        os.symlink(".", os.path.join(root, "b", "loop"))
-        os.symlink("..", os.path.join(root, "elsewhere", "c", "loop"))
-        for name in ("._00000.png", "notes.txt"):
-            with open(os.path.join(root, "b", name), "w"):
-                pass
-        side = fid.open_side(os.path.join(root, "b"))
-        assert np.array_equal(side.read(0, side.count), x)
+    save_images(os.path.join(tmp_path, "b"), x[:2])
+    save_images(os.path.join(tmp_path, "b", ".hidden"), x)
+    save_images(os.path.join(tmp_path, "elsewhere", "c"), x[2:], ".PNG")
+    os.symlink(os.path.join("..", "elsewhere", "c"), os.path.join(tmp_path, "b", "link"))
+    os.symlink(".", os.path.join(tmp_path, "b", "loop"))
+    os.symlink("..", os.path.join(tmp_path, "elsewhere", "c", "loop"))
+    for name in ("._00000.png", "notes.txt"):
+        (tmp_path / "b" / name).touch()
+    side = fid.open_side(os.path.join(tmp_path, "b"))
+    assert np.array_equal(side.read(0, side.count), x)
 
 
-def test_figures_of_files_are_those_of_the_functions():
+def test_figures_of_files_are_those_of_the_functions(tmp_path):
     x, y = noise_images(40, 1), noise_images(30, 2)
-    with tempfile.TemporaryDirectory() as root:
-        reference, samples, stats, both, out = (
-            os.path.join(root, name) for name in ("x", "y.npz", "stats.npz", "both.npz", "f.json"))
-        save_images(reference, x)
-        np.savez(samples, y)
-        printed = tiny_fid(reference, samples, "--json", out, "--batch", "7")
-        assert "images/s" in printed and "has 30 images; figures compare for 50,000" in printed
-        figures = read_json(out)
-        a, b = (TinyInception()(torch.from_numpy(images)) for images in (x, y))
-        expected = [fid.frechet_distance(*moments(a.pool.double().numpy()),
-                                         *moments(b.pool.double().numpy())),
-                    fid.frechet_distance(*moments(a.spatial.double().numpy()),
-                                         *moments(b.spatial.double().numpy())),
-                    *fid.inception_score(b.probs), *fid.precision_recall(a.pool, b.pool)]
-        assert list(figures) == ["fid", "sfid", "inception_score", "inception_score_std",
-                                 "precision", "recall"]
-        assert np.allclose(list(figures.values()), expected, rtol=1e-6)
+    reference, samples, stats, both, out = (
+        os.path.join(tmp_path, name) for name in ("x", "y.npz", "stats.npz", "both.npz", "f.json"))
+    save_images(reference, x)
+    np.savez(samples, y)
+    printed = tiny_fid(reference, samples, "--json", out, "--batch", "7")
+    assert "images/s" in printed and "has 30 images; figures compare for 50,000" in printed
+    figures = read_json(out)
+    a, b = (TinyInception()(torch.from_numpy(images)) for images in (x, y))
+    expected = [fid.frechet_distance(*moments(a.pool.double().numpy()),
+                                     *moments(b.pool.double().numpy())),
+                fid.frechet_distance(*moments(a.spatial.double().numpy()),
+                                     *moments(b.spatial.double().numpy())),
+                *fid.inception_score(b.probs), *fid.precision_recall(a.pool, b.pool)]
+    assert list(figures) == ["fid", "sfid", "inception_score", "inception_score_std",
+                             "precision", "recall"]
+    assert np.allclose(list(figures.values()), expected, rtol=1e-6)
 
-        # Statistics in place of images; statistics beside other images, as in ADM's files.
-        tiny_fid(reference, "--save-stats", stats)
-        assert "no precision and recall" in tiny_fid(stats, samples, "--json", out)
-        assert np.allclose(list(read_json(out).values()), expected[:4], rtol=1e-6)
-        with np.load(stats) as file:
-            np.savez(both, x[:20], **file)
-        tiny_fid(both, samples, "--json", out)
-        expected[4:] = fid.precision_recall(a.pool[:20], b.pool)
-        assert np.allclose(list(read_json(out).values()), expected, rtol=1e-6)
-        assert "no Inception Score" in tiny_fid(both, stats, "--json", out)
-        assert list(read_json(out)) == ["fid", "sfid"] and read_json(out)["fid"] < 1e-10
-
-
-def test_two_processes_give_the_figures_of_one():
-    with tempfile.TemporaryDirectory() as root:
-        reference, samples, script, one, two = (
-            os.path.join(root, name) for name in ("x", "y.npz", "tiny.py", "1.json", "2.json"))
-        save_images(reference, noise_images(21, 3))
-        np.savez_compressed(samples, noise_images(33, 4))
-        tiny_fid(reference, samples, "--json", one)
-        with open(script, "w") as file:
-            file.write(f"import sys\nsys.path.insert(0, {HERE!r})\n"
-                       f"import test_shapes as tests\n"
-                       "tests.tiny_fid(*sys.argv[1:])\n")
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                               "--nproc_per_node=2", script, reference, samples, "--json", two,
-                               "--batch", "4"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        one, two = read_json(one), read_json(two)
-        assert list(one) == list(two) and len(one) == 6
-        assert np.allclose(list(one.values()), list(two.values()), rtol=1e-5)
+    # Statistics in place of images; statistics beside other images, as in ADM's files.
+    tiny_fid(reference, "--save-stats", stats)
+    assert "no precision and recall" in tiny_fid(stats, samples, "--json", out)
+    assert np.allclose(list(read_json(out).values()), expected[:4], rtol=1e-6)
+    with np.load(stats) as file:
+        np.savez(both, x[:20], **file)
+    tiny_fid(both, samples, "--json", out)
+    expected[4:] = fid.precision_recall(a.pool[:20], b.pool)
+    assert np.allclose(list(read_json(out).values()), expected, rtol=1e-6)
+    assert "no Inception Score" in tiny_fid(both, stats, "--json", out)
+    assert list(read_json(out)) == ["fid", "sfid"] and read_json(out)["fid"] < 1e-10
 
 
-def test_hostile_files_are_refused_by_name():
+def test_two_processes_give_the_figures_of_one(tmp_path):
+    reference, samples, one, two = (str(tmp_path / name)
+                                    for name in ("x", "y.npz", "1.json", "2.json"))
+    save_images(reference, noise_images(21, 3))
+    np.savez_compressed(samples, noise_images(33, 4))
+    tiny_fid(reference, samples, "--json", one)
+    running = start("tiny_fid", reference, samples, "--json", two, "--batch", "4", processes=2)
+    said, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, said
+    one, two = read_json(one), read_json(two)
+    assert list(one) == list(two) and len(one) == 6
+    assert np.allclose(list(one.values()), list(two.values()), rtol=1e-5)
+
+
+def test_hostile_files_are_refused_by_name(tmp_path):
     x = noise_images(6)
 
     def saved(save, *args, **kwargs) -> bytes:
@@ -1956,15 +1922,13 @@ def test_hostile_files_are_refused_by_name():
         *((f": {mode}, width", picture(mode, 10, 12)) for mode in ("L", "P", "RGBA", "I;16", "1")),
         (": RGB, width and height (50, 50)", picture("RGB", 50, 50)),
         (": width and height (11, 12), but (10, 12)", picture("RGB", 11, 12))]
-    with tempfile.TemporaryDirectory() as root, patched(fid, "MAX_PIXELS", 1000), \
-            patched(fid, "POOL", 8), patched(fid, "SPATIAL", 6):
-        folder, path = os.path.join(root, "x"), os.path.join(root, "x.npz")
+    with patched(fid, "MAX_PIXELS", 1000), patched(fid, "POOL", 8), patched(fid, "SPATIAL", 6):
+        folder, path = str(tmp_path / "x"), str(tmp_path / "x.npz")
         save_images(folder, x)
         wrong = os.path.join(folder, "wrong.png")
         for place, seen, table in ((path, path, files), (wrong, folder, images)):
             for text, content in table:
-                with open(place, "wb") as file:
-                    file.write(content)
+                Path(place).write_bytes(content)
                 raises(fid.Mistake, place + text, fid.open_side, seen)
         os.rename(wrong, os.path.join(folder, "line\nbreak.png"))
         raises(fid.Mistake, "/line break.png: ", fid.open_side, folder)
@@ -1972,62 +1936,59 @@ def test_hostile_files_are_refused_by_name():
         os.symlink("nowhere", wrong)
         raises(fid.Mistake, f"{wrong}: no file, or a broken link", fid.open_side, folder)
         os.remove(wrong)
-        with open(os.path.join(folder, "00003.png"), "rb+") as file:
-            file.truncate(200)  # which is seen only when the image is decoded
+        os.truncate(os.path.join(folder, "00003.png"), 200)  # seen only when it is decoded
         raises(fid.Mistake, "00003.png: ", tiny_fid, folder, folder)
 
 
-def test_mistakes_of_evaluation_get_one_line_before_the_work():
+def test_mistakes_of_evaluation_get_one_line_before_the_work(tmp_path):
     x = noise_images(6)
-    with tempfile.TemporaryDirectory() as root:
-        good, stats, both, few, lossy, out = (os.path.join(root, name) for name in (
-            "good.npz", "stats.npz", "both.npz", "few.npz", "lossy", "out"))
-        np.savez(good, x)
-        np.savez(few, x[:5])
-        save_images(lossy, x, ".jpg")
-        tiny_fid(good, "--save-stats", stats)
-        with np.load(stats) as file:
-            np.savez(both, x, **file)
-        usage = "give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE"
-        with patched(fid, "measure", None):
-            for text, argv in (
-                    ("no file or folder 'nowhere'", ["nowhere", good]),
-                    ("no file or folder ''", [good, ""]), (usage, [good]),
-                    (usage, [good, good, "--save-stats", out]),
-                    (usage, [good, "--save-stats", out, "--json", out]),
-                    ("--batch must be 1 or more", [good, good, "--batch", "0"]),
-                    ("--batch must be 1 or more", [good, good, "--batch", "-1"]),
-                    ("cannot write", [good, good, "--json", os.path.join(root, "no", "f.json")]),
-                    ("need a value", [good, good, "--json", ""]),
-                    ("cannot write", [good, "--save-stats", root]),
-                    ("cannot write", [good, "--save-stats", os.path.join(good, "f")]),
-                    ("would be overwritten", [few, good, "--json", good]),
-                    ("the order is REFERENCE SAMPLES", [good, stats]),
-                    ("the order is REFERENCE SAMPLES", [both, both]),
-                    ("statistics already", [both, "--save-stats", out])):
-                raises(fid.Mistake, text, tiny_fid, *argv)
-        assert "few.npz the REFERENCE?" in tiny_fid(good, few)
-        assert "holds JPEG files" in tiny_fid(good, lossy)
+    good, stats, both, few, lossy, out = (os.path.join(tmp_path, name) for name in (
+        "good.npz", "stats.npz", "both.npz", "few.npz", "lossy", "out"))
+    np.savez(good, x)
+    np.savez(few, x[:5])
+    save_images(lossy, x, ".jpg")
+    tiny_fid(good, "--save-stats", stats)
+    with np.load(stats) as file:
+        np.savez(both, x, **file)
+    usage = "give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE"
+    with patched(fid, "measure", None):
+        for text, argv in (
+                ("no file or folder 'nowhere'", ["nowhere", good]),
+                ("no file or folder ''", [good, ""]), (usage, [good]),
+                (usage, [good, good, "--save-stats", out]),
+                (usage, [good, "--save-stats", out, "--json", out]),
+                ("--batch must be 1 or more", [good, good, "--batch", "0"]),
+                ("--batch must be 1 or more", [good, good, "--batch", "-1"]),
+                ("cannot write", [good, good, "--json", os.path.join(tmp_path, "no", "f.json")]),
+                ("need a value", [good, good, "--json", ""]),
+                ("cannot write", [good, "--save-stats", str(tmp_path)]),
+                ("cannot write", [good, "--save-stats", os.path.join(good, "f")]),
+                ("would be overwritten", [few, good, "--json", good]),
+                ("the order is REFERENCE SAMPLES", [good, stats]),
+                ("the order is REFERENCE SAMPLES", [both, both]),
+                ("statistics already", [both, "--save-stats", out])):
+            raises(fid.Mistake, text, tiny_fid, *argv)
+    assert "few.npz the REFERENCE?" in tiny_fid(good, few)
+    assert "holds JPEG files" in tiny_fid(good, lossy)
 
-        def full(*args):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-        before = sorted(os.listdir(root))
-        with patched(os, "replace", full):
-            raises(fid.Mistake, f"disk is full: {out} could not be written",
-                   tiny_fid, good, good, "--json", out)
-        assert sorted(os.listdir(root)) == before
+    before = sorted(os.listdir(tmp_path))
+    with patched(os, "replace", full):
+        raises(fid.Mistake, f"disk is full: {out} could not be written",
+               tiny_fid, good, good, "--json", out)
+    assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_names_of_files_need_not_be_utf8():
-    with tempfile.TemporaryDirectory() as root:
-        folder = os.path.join(root, os.fsdecode(b"\xff"))
-        save_images(folder, noise_images(2), ".jpg")
-        done = subprocess.run([sys.executable, os.path.join(HERE, "fid.py"), folder, "\udcfe\n"],
-                              env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
-                              capture_output=True, text=True)
-        assert done.returncode == 1 and "\\udcff holds JPEG files" in done.stdout, done
-        assert done.stderr == "fid.py: no file or folder '\\udcfe\\n'\n", done
+def test_names_of_files_need_not_be_utf8(tmp_path):
+    folder = os.path.join(tmp_path, os.fsdecode(b"\xff"))
+    save_images(folder, noise_images(2), ".jpg")
+    done = subprocess.run([sys.executable, os.path.join(HERE, "fid.py"), folder, "\udcfe\n"],
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "\\udcff holds JPEG files" in done.stdout, done
+    assert done.stderr == "fid.py: no file or folder '\\udcfe\\n'\n", done
 
 
 def main():

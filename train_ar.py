@@ -76,8 +76,8 @@ PRESETS = {
     "toy": (TrainConfig(data="shapes", size="toy", views=1, steps=600, batch=64, lr=2e-3,
                         lr_final=1e-4, warmup_steps=50, decay_steps=400, ema=0.98,
                         dropout=0.0, cfg_end=3.0, workers=0, eval_every=300, save_every=200),),
-    "cifar": (TrainConfig(data="data/cifar10", size="cifar", views=2, steps=2000, batch=64,
-                          lr=1e-3, lr_final=1e-5, warmup_steps=100, decay_steps=1000, ema=0.99,
+    "cifar": (TrainConfig(data="data/cifar10", size="cifar", views=2, steps=1600, batch=64,
+                          lr=1e-3, lr_final=1e-5, warmup_steps=100, decay_steps=800, ema=0.99,
                           cfg_end=3.0, workers=0, eval_every=500, save_every=250),)}
 
 
@@ -102,9 +102,6 @@ class Views(torch.utils.data.Dataset):
 
     def __init__(self, source, size: int, views: int):
         self.source, self.size, self.views = source, size, views
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
         image, label, unreadable = read_or_another(self.source, i)
@@ -134,10 +131,10 @@ def read_codes(config: TrainConfig, tokenizer: Tokenizer, digest: str, views: Vi
     mapped from a file in the folder `codes`, which the first call writes. The file is named after a
     digest of the tokenizer and of the images' names; others need another file. Raises Mistake."""
     note = {"tokenizer": digest, "images": views.source.describe(),
-             "count": len(views), "views": views.views, "classes": len(views.source.classes)}
+             "count": len(views.source), "views": views.views, "classes": len(views.source.classes)}
     name = hashlib.sha256(str(note).encode()).hexdigest()[:16]
     path = os.path.join(config.codes, name + ".npy")
-    shape = len(views), 1 + views.views * tokenizer.config.num_tokens
+    shape = len(views.source), 1 + views.views * tokenizer.config.num_tokens
     missing = not os.path.exists(path)
     wait()  # all have looked before one writes
     if missing:

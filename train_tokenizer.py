@@ -441,14 +441,12 @@ class Shapes:
     def __len__(self) -> int:
         return self.count
 
-    def label(self, i: int) -> int:
-        return (self.first + i) % len(self.classes)
-
     def describe(self) -> str:
         return f"{self.size} {self.first} {self.count}"
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        rng, label = np.random.default_rng((0, self.first + i)), self.label(i)
+        number = self.first + i
+        rng, label = np.random.default_rng((0, number)), number % len(self.classes)
         side, unit = 4 * self.size, self.size / 8  # drawn 4 times larger, then averaged
 
         def colour(dark: float, bright: float) -> tuple:
@@ -653,12 +651,12 @@ class Crops(torch.utils.data.Dataset):
         self.source, self.config, self.size = source, config, size
         self.shuffle = Shuffle(len(source), config.seed)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int, str]:
-        """Image (3, H, W), label, position, and the images that could not be read on the way."""
-        image, label, unreadable = read_or_another(self.source, self.shuffle[position])
+    def __getitem__(self, position: int) -> tuple[Tensor, int, str]:
+        """Image (3, H, W), position, and the images that could not be read on the way."""
+        image, _, unreadable = read_or_another(self.source, self.shuffle[position])
         rng = np.random.default_rng((self.config.seed, Purpose.CROP, position))
         crop = random_crop(image, self.size, self.config.resize_max, self.config.flip, rng)
-        return to_tensor(crop), label, position, unreadable
+        return to_tensor(crop), position, unreadable
 
 
 def positions(config, first_step: int, rank: int, world: int) -> Iterator[int]:
@@ -675,15 +673,15 @@ def shield(worker: int):
 
 
 def batches(crops: Crops, config, first_step: int, rank: int, world: int, device) -> Iterator:
-    """Batches (images, labels, positions) of this process; `accumulate` of them are one step."""
+    """Batches (images, positions) of this process; `accumulate` of them are one step."""
     loader = torch.utils.data.DataLoader(
         crops, local_batch(config, world), sampler=positions(config, first_step, rank, world),
         num_workers=config.workers, pin_memory=device.type == "cuda", drop_last=True,
         worker_init_fn=shield)
     unreadable = Unreadable(config.out, len(crops.source))
-    for images, labels, places, lines in loader:
+    for images, places, lines in loader:
         unreadable.note(lines)
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), places
+        yield images.to(device, non_blocking=True), places
 
 
 # ---- Losses and the codebook ---------------------------------------------------------------------
@@ -908,7 +906,7 @@ def main(argv: list[str] | None = None):
         counts *= len(counts) / counts.sum()                                 # 1 on average
         tokens = []
         for part in range(config.accumulate):
-            images, _, places = next(data)
+            images, places = next(data)
             first = places[0].item() - step * config.batch
             mine = slice(first, first + len(places))  # places in this step's batch
             noise = noise_of(config.seed, Purpose.NOISE, places.tolist(), images.shape[1:], device)

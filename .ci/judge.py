@@ -30,25 +30,55 @@ def stack(data, count, size):
     return images, torch.tensor([label for _, label in items])
 
 
-def train_cnn(images, labels, classes, epochs):
-    torch.manual_seed(0)
-    layers = []
-    for inner, outer in ((3, 32), (32, 64), (64, 128)):
-        layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(),
-                   nn.MaxPool2d(2)]
-    cnn = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(128), nn.ReLU(),
-                        nn.Linear(128, classes))
-    cnn(images[:2])
-    optimizer = torch.optim.AdamW(cnn.parameters(), lr=2e-3)
-    for _ in range(epochs):
-        for part in torch.randperm(len(images)).split(64):
-            batch = images[part]
-            if epochs > 4:  # photographs: mirrored half of the time
-                batch = torch.where(torch.rand(len(part), 1, 1, 1) < 0.5, batch, batch.flip(3))
-            F.cross_entropy(cnn(batch), labels[part]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return cnn.eval()
+class Judge:
+    """Held-out images and labels, and a CNN that was trained on the training images, or is read
+    from the file that an earlier judge of the same data wrote."""
+
+    def __init__(self, data, size):
+        train, held_out = open_data(data, size)
+        self.toy, self.classes = data == "shapes", held_out.classes
+        self.images, self.labels = stack(held_out, 1000 if self.toy else 2000, size)
+        layers = []
+        for inner, outer in ((3, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(),
+                       nn.MaxPool2d(2)]
+        torch.manual_seed(0)
+        self.cnn = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(128), nn.ReLU(),
+                                 nn.Linear(128, len(self.classes)))
+        self.cnn(self.images[:2])
+        path = f"out/cnn_{os.path.basename(os.path.normpath(data))}_{size}.pt"
+        if os.path.exists(path):
+            self.cnn.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            self.train(*stack(train, 6000 if self.toy else 50_000, size), 4 if self.toy else 8)
+            torch.save(self.cnn.state_dict(), path)
+        self.cnn.eval()
+
+    @torch.enable_grad()
+    def train(self, images, labels, epochs):
+        optimizer = torch.optim.AdamW(self.cnn.parameters(), lr=2e-3)
+        for _ in range(epochs):
+            for part in torch.randperm(len(images)).split(64):
+                batch = images[part]
+                if not self.toy:  # photographs: mirrored half of the time
+                    batch = torch.where(torch.rand(len(part), 1, 1, 1) < 0.5, batch, batch.flip(3))
+                F.cross_entropy(self.cnn(batch), labels[part]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def recognised(self, pictures, asked):
+        """Share of the pictures, in %, that the CNN takes for the class asked for."""
+        right = [(self.cnn(part.clamp(-1, 1)).argmax(1) == answer).float()
+                 for part, answer in zip(pictures.split(500), asked.split(500))]
+        return 100 * torch.cat(right).mean().item()
+
+    def moments(self, pictures):
+        rows = torch.cat([self.cnn[:-1](part.clamp(-1, 1)) for part in pictures.split(500)])
+        return rows.double().mean(0).numpy(), np.cov(rows.double().numpy(), rowvar=False)
+
+    def distance(self, a, b):
+        """CNN distance of two sets of images."""
+        return frechet_distance(*self.moments(a), *self.moments(b))
 
 
 @torch.no_grad()
@@ -62,28 +92,12 @@ def main():
     args = parser.parse_args()
     tokenizer, ar = load_tokenizer(args.checkpoint), load_ar(args.checkpoint)
     config = tokenizer.config
-    train, held_out = open_data(args.data, config.image_size)
-    toy = args.data == "shapes"
-    with torch.enable_grad():
-        cnn = train_cnn(*stack(train, 6000 if toy else 50_000, config.image_size),
-                        len(train.classes), 4 if toy else 8)
-    images, labels = stack(held_out, 1000 if toy else 2000, config.image_size)
+    judge = Judge(args.data, config.image_size)
+    images, labels = judge.images, judge.labels
 
-    def recognised(pictures, asked):
-        right = [(cnn(part.clamp(-1, 1)).argmax(1) == answer).float()
-                 for part, answer in zip(pictures.split(500), asked.split(500))]
-        return 100 * torch.cat(right).mean().item()
-
-    def moments(pictures):
-        rows = torch.cat([cnn[:-1](part.clamp(-1, 1)) for part in pictures.split(500)])
-        return rows.double().mean(0).numpy(), np.cov(rows.double().numpy(), rowvar=False)
-
-    def cnn_distance(a, b):
-        return frechet_distance(*moments(a), *moments(b))
-
-    real = recognised(images, labels)
+    real = judge.recognised(images, labels)
     print(f"real held-out images recognised: {real:.1f} %; CNN distance of their halves "
-          f"{cnn_distance(images[::2], images[1::2]):.3f}")
+          f"{judge.distance(images[::2], images[1::2]):.3f}")
     torch.manual_seed(0)
     tokens, noise = tokenizer.encode(images), torch.randn_like(images)
     knows = group_knows(tokenizer, images[:256], noise[:256], tokens[:256]).tolist()
@@ -92,19 +106,20 @@ def main():
     for groups in range(1, config.num_groups + 1):
         decoded = tokenizer.decode(tokens, noise, groups=groups)
         decibels.append(psnr(decoded, images))
-        print(f"{groups:6d} {decibels[-1]:9.2f} {recognised(decoded, labels):14.1f} "
-              f"{cnn_distance(decoded, images):14.3f} {knows[groups - 1]:18.2f}")
+        print(f"{groups:6d} {decibels[-1]:9.2f} {judge.recognised(decoded, labels):14.1f} "
+              f"{judge.distance(decoded, images):14.3f} {knows[groups - 1]:18.2f}")
     use = 100 * tokens.unique().numel() / config.codebook_size
     print(f"codebook rows used by {len(images):,} held-out images: {use:.1f} %")
 
-    asked = torch.arange(args.samples) % len(train.classes)
+    asked = torch.arange(args.samples) % len(judge.classes)
     samples = torch.cat([tokenizer.decode(ar.generate(part, parse_cfg(args.cfg)))
                          for part in asked.split(100)])
-    right = recognised(samples, asked)
+    right = judge.recognised(samples, asked)
     print(f"samples at {args.cfg} recognised as the class asked for: {right:.1f} %; CNN distance "
-          f"{cnn_distance(samples, images):.3f}")
-    for label, name in enumerate(held_out.classes[:10]):
-        print(f"  {name:10s} {recognised(samples[asked == label], asked[asked == label]):5.1f} %")
+          f"{judge.distance(samples, images):.3f}")
+    for label, name in enumerate(judge.classes[:10]):
+        of = asked == label
+        print(f"  {name:10s} {judge.recognised(samples[of], asked[of]):5.1f} %")
 
     targets = {"real >= 99": real >= 99, "samples >= 95": right >= 95, "codebook >= 90": use >= 90,
                "each group knows > 1.05": min(knows) > 1.05}

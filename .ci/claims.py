@@ -1,0 +1,157 @@
+"""Measures the paper's claims on small photographs: the second table of README's measurements.
+
+    python .ci/claims.py decoding FILE --data DIR        solvers and steps, of a tokenizer
+    python .ci/claims.py sampling FILE --data DIR        numbers of tokens and guidance
+    python .ci/claims.py tokenizers FILE ... --data DIR  several tokenizers side by side
+
+And two trainings that the product does not offer, with the arguments of the trainer after them:
+
+    python .ci/claims.py reversed ...   train_ar.py on tokens in reversed order; give it another
+                                        --codes. `sampling FILE --reversed` measures it
+    python .ci/claims.py cut ...        train_tokenizer.py with Eq. 5's ceil for the group of a time
+
+All images are held-out ones or samples; "CNN distance" is explained in judge.py. Each figure stands
+twice, for two seeds of the noise and of the tokens drawn.
+"""
+import argparse
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from judge import Judge  # noqa: E402, also finds the modules below
+
+import model_tokenizer  # noqa: E402
+import train_ar  # noqa: E402
+import train_tokenizer  # noqa: E402
+from sample import load_ar, load_tokenizer, parse_cfg, psnr  # noqa: E402
+
+SEEDS = 0, 1
+
+
+def reverse(tokenizer):
+    """The same tokenizer, whose tokens come and go in reversed order."""
+    encode, decode = tokenizer.encode, tokenizer.decode
+    tokenizer.encode = lambda images: encode(images).flip(1)
+    tokenizer.decode = lambda tokens, *rest, **more: decode(tokens.flip(1), *rest, **more)
+    return tokenizer
+
+
+def variable_step(x, v, v_before, step, solver):
+    """`solver_step` with the Adams-Bashforth coefficients of the real, unequal steps."""
+    now, before = step.t_next - step.t, variable_step.before
+    variable_step.before = now
+    if v_before is not None:
+        v = v + now / (2 * before) * (v - v_before)
+    return x + now * v
+
+
+def seeded_noise(images, seed):
+    return torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def show(name, *numbers):
+    print(f"{name:32s}" + "".join(f"{number:10.3f}" for number in numbers), flush=True)
+
+
+def decoding(path, data, count):
+    tokenizer = load_tokenizer(path)
+    judge = Judge(data, tokenizer.config.image_size)
+    images = judge.images[:count]
+    tokens = tokenizer.encode(images)
+    constant = model_tokenizer.solver_step
+
+    def measure(name, **how):
+        decoded = [tokenizer.decode(tokens, seeded_noise(images, seed), **how) for seed in SEEDS]
+        show(name, *(judge.distance(some, images) for some in decoded),
+             *(psnr(some, images) for some in decoded))
+
+    print("CNN distance, twice; PSNR in dB, twice")
+    measure("Adams-Bashforth")
+    measure("Euler", solver="euler")
+    variable_step.before = None
+    model_tokenizer.solver_step = variable_step
+    measure("Adams-Bashforth, real steps")
+    model_tokenizer.solver_step = constant
+    for steps in (4, 12, 16):
+        measure(f"Adams-Bashforth, {steps} steps", steps=steps)
+
+
+def sampling(path, data, count, flip):
+    tokenizer, ar = load_tokenizer(path), load_ar(path)
+    if flip:
+        reverse(tokenizer)
+    judge = Judge(data, tokenizer.config.image_size)
+    asked = torch.arange(count) % len(judge.classes)
+
+    def draw(cfg, seed):
+        uniforms = torch.rand(count, ar.config.num_tokens,
+                              generator=torch.Generator().manual_seed(seed))
+        return torch.cat([ar.generate(part, parse_cfg(cfg), uniforms=some) for part, some
+                          in zip(asked.split(100), uniforms.split(100))])
+
+    def measure(name, tokens, **how):
+        images = [tokenizer.decode(some, seeded_noise(judge.images[:1].expand(count, -1, -1, -1),
+                                                      seed), **how)
+                  for some, seed in zip(tokens, SEEDS)]
+        show(name, *(judge.distance(some, judge.images) for some in images),
+             *(judge.recognised(some, asked) for some in images))
+
+    print("CNN distance, twice; recognised as the class asked for in %, twice")
+    show("real, two halves", judge.distance(judge.images[::2], judge.images[1::2]))
+    show("real, recognised", judge.recognised(judge.images, judge.labels))
+    for cfg in ("none", "1.5", "1.1:2", "1.1:3"):
+        tokens = [draw(cfg, seed) for seed in SEEDS]
+        measure(f"guidance {cfg}", tokens)
+    for quarters in (1, 2, 3) if not flip else ():
+        groups = tokenizer.config.num_groups * quarters // 4
+        measure(f"guidance {cfg}, {quarters}/4 of the tokens", tokens, groups=groups)
+
+
+def tokenizers(paths, data, count):
+    print("CNN distance, twice; PSNR in dB, twice; codebook rows used in %; each group knows. Steps: "
+          "K, but at least 8")
+    for path in paths:
+        tokenizer = load_tokenizer(path)
+        judge = Judge(data, tokenizer.config.image_size)
+        images = judge.images[:count]
+        tokens = tokenizer.encode(images)
+        steps = max(8, tokenizer.config.num_groups)
+        decoded = [tokenizer.decode(tokens, seeded_noise(images, seed), steps=steps)
+                   for seed in SEEDS]
+        knows = train_tokenizer.group_knows(tokenizer, images[:256],
+                                            seeded_noise(images[:256], 0), tokens[:256])
+        show(path, *(judge.distance(some, images) for some in decoded),
+             *(psnr(some, images) for some in decoded),
+             100 * tokens.unique().numel() / tokenizer.config.codebook_size, *knows.tolist())
+
+
+def main():
+    task, *rest = sys.argv[1:]
+    if task == "reversed":
+        load = train_ar.load_tokenizer
+        train_ar.load_tokenizer = lambda *of: reverse(load(*of))
+        return train_ar.main(rest)
+    if task == "cut":
+        def group_of(u, num_groups):
+            return (u * num_groups).long().clamp(max=num_groups - 1)
+        model_tokenizer.group_of = train_tokenizer.group_of = group_of
+        return train_tokenizer.main(rest)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--reversed", action="store_true")
+    args = parser.parse_args(rest)
+    with torch.no_grad():
+        if task == "decoding":
+            decoding(args.files[0], args.data, args.images)
+        elif task == "sampling":
+            sampling(args.files[0], args.data, args.images, args.reversed)
+        else:
+            tokenizers(args.files, args.data, args.images)
+
+
+if __name__ == "__main__":
+    main()
