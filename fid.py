@@ -522,8 +522,13 @@ def measure(network: InceptionV3, side: Side, batch: int, device):
     side.statistics = side.statistics or measured
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise Mistake(f"{message}; --help lists the flags")
+
+
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("reference", metavar="REFERENCE", help="folder of PNGs, or npz")
     parser.add_argument("samples", metavar="SAMPLES", nargs="?", help="folder of PNGs, or npz")
     parser.add_argument("--weights", help="the network's; default: in torch.hub's cache")

@@ -97,7 +97,7 @@ TOKENIZERS = {
     "toy": TokenizerConfig(image_size=24, num_tokens=32, codebook_size=512, patch_size=6,
                            encoder_width=96, encoder_depth=3, decoder_width=96, decoder_depth=2,
                            diffusion_width=96, diffusion_depth=4, diffusion_patch=4, head_dim=16,
-                           max_tokens=32, beta=32.0, init_std=0.1, repa_depth=0),
+                           max_tokens=32, beta=48.0, init_std=0.1, repa_depth=0),
     # For photographs of 32 pixels: 8 groups of 8 tokens.
     "cifar": TokenizerConfig(image_size=32, num_tokens=64, codebook_size=1024, patch_size=4,
                              encoder_width=128, encoder_depth=4, decoder_width=128, decoder_depth=3,

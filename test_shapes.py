@@ -1958,6 +1958,7 @@ def test_mistakes_of_evaluation_get_one_line_before_the_work(tmp_path):
                 (usage, [good, good, "--save-stats", out]),
                 (usage, [good, "--save-stats", out, "--json", out]),
                 ("--batch must be 1 or more", [good, good, "--batch", "0"]),
+                ("invalid int value: 'x'; --help lists", [good, good, "--batch", "x"]),
                 ("--batch must be 1 or more", [good, good, "--batch", "-1"]),
                 ("cannot write", [good, good, "--json", os.path.join(tmp_path, "no", "f.json")]),
                 ("need a value", [good, good, "--json", ""]),

@@ -1,14 +1,20 @@
-"""Measures the paper's claims on small photographs: the second table of README's measurements.
+"""Measures the paper's claims on CIFAR-10: the table of claims in README.md.
 
-    python .ci/claims.py decoding FILE --data DIR        solvers and steps, of a tokenizer
-    python .ci/claims.py sampling FILE --data DIR        numbers of tokens and guidance
-    python .ci/claims.py tokenizers FILE ... --data DIR  several tokenizers side by side
+    F=out/cifar                         of README's three CIFAR commands, DATA="--data DIR"
+    python .ci/claims.py decoding $F/tokenizer/last.pt $DATA          solvers, steps
+    python .ci/claims.py sampling $F/ar/last.pt $DATA                 numbers of tokens, guidance
 
-And two trainings that the product does not offer, with the arguments of the trainer after them:
+Two trainings need a rule exchanged. They take the arguments of train_ar.py and train_tokenizer.py:
 
-    python .ci/claims.py reversed ...   train_ar.py on tokens in reversed order; give it another
-                                        --codes. `sampling FILE --reversed` measures it
-    python .ci/claims.py cut ...        train_tokenizer.py with Eq. 5's ceil for the group of a time
+    python .ci/claims.py reversed --preset cifar $DATA --tokenizer $F/tokenizer/last.pt \\
+        --codes out/codes_reversed --out $F/reversed                  tokens in reversed order
+    python .ci/claims.py sampling $F/reversed/last.pt $DATA --reversed
+    SHORT="--preset cifar $DATA --steps 500 --decay-steps 250 --ema 0.99"
+    python .ci/claims.py cut $SHORT --out $F/cut                      Eq. 5's ceil for a time's group
+    python train_tokenizer.py $SHORT --out $F/short                   rounding, beta 16
+    python train_tokenizer.py $SHORT --out $F/b1 --beta 1             and so on
+    python train_tokenizer.py $SHORT --out $F/k1 --beta 2 --num-groups 1      and so on
+    python .ci/claims.py tokenizers $F/*/last.pt $DATA                several side by side
 
 All images are held-out ones or samples; "CNN distance" is explained in judge.py. Each figure stands
 twice, for two seeds of the noise and of the tokens drawn.
