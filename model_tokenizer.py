@@ -137,6 +137,7 @@ class Step(NamedTuple):
     t: float
     t_next: float
     group: int
+    t_before: float  # time of the step before
 
 
 def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> list[Step]:
@@ -147,18 +148,25 @@ def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> 
     u = torch.arange(steps, dtype=torch.float64, device="cpu") / steps
     u = u[group_of(u, num_groups) < groups]                                  # (n,)
     times = [*shift_time(u, beta).tolist(), 1.0]
-    return [Step(t, t_next, group) for t, t_next, group
-            in zip(times, times[1:], group_of(u, num_groups).tolist())]
+    return [Step(*numbers) for numbers
+            in zip(times, times[1:], group_of(u, num_groups).tolist(), [0.0, *times])]
+
+
+SOLVERS = "adams2", "adams2_variable", "euler"
 
 
 def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solver: str) -> Tensor:
     """x at step.t_next from x and velocity v at step.t, all (B, 3, H, W). Sec. 5, Table 6.
 
-    "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler. Its coefficients are
-    those of equal steps although the steps are not equal (released code).
+    "euler", or two-step Adams-Bashforth, whose first step is Euler: "adams2" has the coefficients
+    of equal steps although the steps are not equal (released code), "adams2_variable" those of the
+    real steps (ours).
     """
-    if solver == "adams2" and v_before is not None:
-        v = 1.5 * v - 0.5 * v_before
+    if solver != "euler" and v_before is not None:
+        past = 0.5
+        if solver == "adams2_variable":
+            past = (step.t_next - step.t) / (step.t - step.t_before) / 2
+        v = (1 + past) * v - past * v_before
     return x + (step.t_next - step.t) * v
 
 
@@ -508,8 +516,8 @@ class Tokenizer(nn.Module):
     def start(self, batch: int, noise: Tensor | None, solver: str) -> Tensor:
         """The noise x0 (B, 3, H, W) that a solver starts from; fresh where none is given. Raises
         ValueError for another shape, and for an unknown solver."""
-        if solver not in ("adams2", "euler"):
-            raise ValueError(f"solver must be adams2 or euler, got {solver!r}")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
         size = self.config.image_size
         if noise is None:
             return torch.randn(batch, 3, size, size, device=self.quantizer.codebook.device)
@@ -523,7 +531,7 @@ class Tokenizer(nn.Module):
         """Images (B, 3, H, W), in [-1, 1] up to overshoot, of tokens (B, n) int64. Sec. 4.
 
         noise: (B, 3, H, W) starting point, standard normal; None draws one. steps: denoising steps,
-        default K (or the config's num_steps). solver: "adams2" or "euler". groups: read only the
+        default K (or the config's num_steps). solver: see `solver_step`. groups: read only the
         tokens of the first `groups` groups, whose last step jumps to t = 1; default K. n must reach
         to the end of these groups. Raises ValueError for other shapes or values.
         """

@@ -46,7 +46,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_ar import AR, SIZES, ARConfig, Count, Sampler
-from model_tokenizer import TOKENIZERS, CountOrZero, Tokenizer, TokenizerConfig, sampling_schedule
+from model_tokenizer import (SOLVERS, TOKENIZERS, CountOrZero, Tokenizer, TokenizerConfig,
+                             sampling_schedule)
 
 Seed = Annotated[int, 0, 2 ** 63 - 1]
 Guidance = Annotated[float, -1e4, 1e4]
@@ -68,7 +69,7 @@ class SampleConfig:
     top_p: Annotated[float, 1e-6, 1] = 1.0  # draw from the likeliest tokens of this probability
     tokens: Count = 0                # read only the first tokens, whole groups; else all
     steps: Count = 0                 # denoising steps; else the tokenizer's
-    solver: Literal["adams2", "euler"] = "adams2"  # (Sec. 5, Table 6)
+    solver: Literal[*SOLVERS] = "adams2"  # (Sec. 5, Table 6); adams2_variable: ours
     seed: Seed = 0
     batch: Count = 100               # images at a time
     out: str = "out/samples.png"     # the picture to write
