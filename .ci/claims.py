@@ -44,12 +44,21 @@ def reverse(tokenizer):
     return tokenizer
 
 
-def seeded_noise(images, seed):
-    return torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+def seeded_noise(tokenizer, count, seed):
+    size = tokenizer.config.image_size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def show(name, *numbers):
     print(f"{name:32s}" + "".join(f"{number:10.3f}" for number in numbers), flush=True)
+
+
+def reconstruction(tokenizer, judge, images, tokens, **how):
+    """CNN distance and PSNR of the decoded tokens, each for all seeds."""
+    decoded = [tokenizer.decode(tokens, seeded_noise(tokenizer, len(images), seed), **how)
+               for seed in SEEDS]
+    return [*(judge.distance(some, images) for some in decoded),
+            *(psnr(some, images) for some in decoded)]
 
 
 def decoding(path, data, count):
@@ -59,9 +68,7 @@ def decoding(path, data, count):
     tokens = tokenizer.encode(images)
 
     def measure(name, **how):
-        decoded = [tokenizer.decode(tokens, seeded_noise(images, seed), **how) for seed in SEEDS]
-        show(name, *(judge.distance(some, images) for some in decoded),
-             *(psnr(some, images) for some in decoded))
+        show(name, *reconstruction(tokenizer, judge, images, tokens, **how))
 
     print("CNN distance, twice; PSNR in dB, twice")
     measure("Adams-Bashforth")
@@ -85,8 +92,7 @@ def sampling(path, data, count, flip):
                           in zip(asked.split(100), uniforms.split(100))])
 
     def measure(name, tokens, **how):
-        images = [tokenizer.decode(some, seeded_noise(judge.images[:1].expand(count, -1, -1, -1),
-                                                      seed), **how)
+        images = [tokenizer.decode(some, seeded_noise(tokenizer, count, seed), **how)
                   for some, seed in zip(tokens, SEEDS)]
         show(name, *(judge.distance(some, judge.images) for some in images),
              *(judge.recognised(some, asked) for some in images))
@@ -105,23 +111,21 @@ def sampling(path, data, count, flip):
 def tokenizers(paths, data, count):
     print("CNN distance, twice; PSNR in dB, twice; codebook rows used in %; each group knows. Steps: "
           "K, but at least 8")
-    for path in paths:
-        tokenizer = load_tokenizer(path)
-        judge = Judge(data, tokenizer.config.image_size)
-        images = judge.images[:count]
+    loaded = [load_tokenizer(path) for path in paths]
+    judge = Judge(data, loaded[0].config.image_size)
+    images = judge.images[:count]
+    few = images[:256]
+    for path, tokenizer in zip(paths, loaded):
         tokens = tokenizer.encode(images)
-        steps = max(8, tokenizer.config.num_groups)
-        decoded = [tokenizer.decode(tokens, seeded_noise(images, seed), steps=steps)
-                   for seed in SEEDS]
-        knows = train_tokenizer.group_knows(tokenizer, images[:256],
-                                            seeded_noise(images[:256], 0), tokens[:256])
-        show(path, *(judge.distance(some, images) for some in decoded),
-             *(psnr(some, images) for some in decoded),
+        knows = train_tokenizer.group_knows(tokenizer, few, seeded_noise(tokenizer, len(few), 0),
+                                            tokens[:256])
+        show(path, *reconstruction(tokenizer, judge, images, tokens,
+                                   steps=max(8, tokenizer.config.num_groups)),
              100 * tokens.unique().numel() / tokenizer.config.codebook_size, *knows.tolist())
 
 
 def main():
-    task, *rest = sys.argv[1:]
+    task, *rest = sys.argv[1:] or [""]
     if task == "reversed":
         load = train_ar.load_tokenizer
         train_ar.load_tokenizer = lambda *of: reverse(load(*of))
@@ -132,11 +136,12 @@ def main():
         model_tokenizer.group_of = train_tokenizer.group_of = group_of
         return train_tokenizer.main(rest)
     parser = argparse.ArgumentParser()
+    parser.add_argument("task", choices=("decoding", "sampling", "tokenizers"))
     parser.add_argument("files", nargs="+")
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--reversed", action="store_true")
-    args = parser.parse_args(rest)
+    args = parser.parse_args()
     with torch.no_grad():
         if task == "decoding":
             decoding(args.files[0], args.data, args.images)

@@ -51,6 +51,7 @@ class Judge:
             self.cnn.load_state_dict(torch.load(path, weights_only=True))
         else:
             self.train(*stack(train, 6000 if self.toy else 50_000, size), 4 if self.toy else 8)
+            os.makedirs("out", exist_ok=True)
             torch.save(self.cnn.state_dict(), path)
         self.cnn.eval()
 
