@@ -1,17 +1,16 @@
 """FID, sFID, Inception Score, precision and recall by the protocol of ADM's evaluation suite
 (guided-diffusion, evaluations/evaluator.py), which papers quote; without TensorFlow.
 
-    python fid.py REFERENCE SAMPLES [--weights FILE] [--json FILE]    CUDA where there is one
-    torchrun --nproc_per_node=8 fid.py REFERENCE SAMPLES              the same figures, sooner
-    python fid.py IMAGES --save-stats FILE                            makes a REFERENCE
+    python fid.py REFERENCE SAMPLES [--weights FILE]    on CUDA where there is one
+    python fid.py IMAGES --save-stats FILE              makes a REFERENCE
 
-Images are a folder of PNGs (with its sub-folders, sorted by path) or an npz of uint8 images arr_0
-(N, H, W, 3). A REFERENCE may also be an npz of statistics mu, sigma, mu_s, sigma_s, or hold both,
-as ADM's do: FID and sFID then use the statistics, precision and recall the images. The REFERENCE
-of reconstructions is the *same centre-cropped* images, not the uncropped files, not ADM's file.
+Images are a folder of PNGs (with its sub-folders) or an npz of uint8 images arr_0 (N, H, W, 3). A
+REFERENCE may also be an npz of statistics mu, sigma, mu_s, sigma_s, or hold both, as ADM's do: FID
+and sFID then use the statistics, precision and recall the images. The REFERENCE of reconstructions
+is the *same centre-cropped* images, not the uncropped files, not ADM's file.
 
     images (B, H, W, 3) -> InceptionV3 -> pool (B, 2048), spatial (B, 2023), probs (B, 1008)
-    pool, spatial -> Sums -> frechet_distance: FID, sFID
+    pool, spatial -> mean, covariance -> frechet_distance: FID, sFID
     probs -> inception_score          pool -> precision_recall
 
 B is a batch, N and M are numbers of images, D is a number of features. Whoever has ADM's files can
@@ -20,38 +19,25 @@ gives FID 3.9426, sFID 6.1404, IS 215.84, precision .8265, recall .5309 in Tenso
 is within .005, .01, .3, .003, .003. Only figures of 50,000 samples compare with published ones.
 """
 import argparse
-import contextlib
-import errno
-import hashlib
-import io
-import json
 import math
 import os
-import re
 import sys
 import time
-import warnings
 import zipfile
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import timedelta
+from collections import Counter, OrderedDict
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg import eigvalsh, lapack
 from torch import Tensor, nn
 
-POOL, SPATIAL, CLASSES = 2048, 2023, 1008  # widths of what the network returns
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # mean, covariance of pool; the same of spatial
-CHUNK = 10_000_000  # distances at a time, 80 MB
-MAX_PIXELS = 2**24  # of one image, as a small file may claim more than fits into memory
 WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
            "pt_inception-2015-12-05-6726825d.pth")
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # for some others, Pillow starts programs
 
 
 class Features(NamedTuple):
@@ -71,10 +57,7 @@ class PrecisionRecall(NamedTuple):
 
 
 class Mistake(ValueError):
-    """A user's mistake: one line, no traceback."""
-
-    def __init__(self, text: str):
-        super().__init__(" ".join(text.split()))  # a file's name may hold line breaks
+    """What the user can mend; printed as one line."""
 
 
 # ---- The network ---------------------------------------------------------------------------------
@@ -83,19 +66,24 @@ def conv(inner: int, outer: int, kernel, stride: int = 1, padding: str = "same")
     """Convolution, batch normalisation, ReLU."""
     return nn.Sequential(OrderedDict(
         conv=nn.Conv2d(inner, outer, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(outer, eps=1e-3), relu=nn.ReLU(inplace=True)))
+        bn=nn.BatchNorm2d(outer, eps=1e-3),
+        relu=nn.ReLU(inplace=True)))
 
 
 class Mixed(nn.Module):
-    """An Inception block: branches side by side, their outputs joined along channels. A branch is
-    convolutions in sequence, each (width, kernel[, stride, padding]). branch_pool begins at the
-    pooled input, the other branches at the input."""
+    """An Inception block: branches side by side, their outputs joined along channels.
+
+    A branch is convolutions in sequence, each (width, kernel[, stride, padding]). The branch named
+    branch_pool begins at the pooled input, the others at the input.
+    """
 
     def __init__(self, inner: int, pool: nn.Module, **branches: list[tuple]):
         super().__init__()
-        self.pool, self.branches = pool, {}  # the latter: names of each branch's convolutions
+        self.pool = pool
+        self.branches = {}  # names of each branch's convolutions
         for branch, layers in branches.items():
-            width, self.branches[branch] = inner, []
+            self.branches[branch] = []
+            width = inner
             for i, (outer, *shape) in enumerate(layers, 1):
                 name = branch if len(layers) == 1 else f"{branch}_{i}"
                 self.add_module(name, conv(width, outer, *shape))
@@ -117,19 +105,23 @@ class MixedLast(nn.Module):
 
     def __init__(self, inner: int, pool: nn.Module):
         super().__init__()
+        self.pool = pool
         self.branch1x1 = conv(inner, 320, 1)
         self.branch3x3_1 = conv(inner, 384, 1)
-        self.branch3x3_2a, self.branch3x3_2b = conv(384, 384, (1, 3)), conv(384, 384, (3, 1))
+        self.branch3x3_2a = conv(384, 384, (1, 3))
+        self.branch3x3_2b = conv(384, 384, (3, 1))
         self.branch3x3dbl_1 = conv(inner, 448, 1)
         self.branch3x3dbl_2 = conv(448, 384, 3)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = conv(384, 384, (1, 3)), conv(384, 384, (3, 1))
-        self.pool, self.branch_pool = pool, conv(inner, 192, 1)
+        self.branch3x3dbl_3a = conv(384, 384, (1, 3))
+        self.branch3x3dbl_3b = conv(384, 384, (3, 1))
+        self.branch_pool = conv(inner, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, z = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([self.branch1x1(x), self.branch3x3_2a(y), self.branch3x3_2b(y),
-                          self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z),
-                          self.branch_pool(self.pool(x))], 1)
+        y = self.branch3x3_1(x)
+        z = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return torch.cat([
+            self.branch1x1(x), self.branch3x3_2a(y), self.branch3x3_2b(y),
+            self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z), self.branch_pool(self.pool(x))], 1)
 
 
 MEAN, SHRINK = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 2)
@@ -173,24 +165,24 @@ class InceptionV3(nn.Module):
         self.Conv2d_3b_1x1 = conv(64, 80, 1)
         self.Conv2d_4a_3x3 = conv(80, 192, 3, 1, "valid")
         self.Mixed_5b = mixed_35(192, 32)
-        self.Mixed_5c, self.Mixed_5d = mixed_35(256, 64), mixed_35(288, 64)
+        self.Mixed_5c = mixed_35(256, 64)
+        self.Mixed_5d = mixed_35(288, 64)
         self.Mixed_6a = Mixed(288, SHRINK, branch3x3=[(384, *HALVE)],
                               branch3x3dbl=[(64, 1), (96, 3), (96, *HALVE)], branch_pool=[])
-        self.Mixed_6b, self.Mixed_6c = mixed_17(128), mixed_17(160)
-        self.Mixed_6d, self.Mixed_6e = mixed_17(160), mixed_17(192)
+        self.Mixed_6b = mixed_17(128)
+        self.Mixed_6c = mixed_17(160)
+        self.Mixed_6d = mixed_17(160)
+        self.Mixed_6e = mixed_17(192)
         self.Mixed_7a = Mixed(768, SHRINK, branch3x3=[(192, 1), (320, *HALVE)],
                               branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, *HALVE)],
                               branch_pool=[])
         self.Mixed_7b = MixedLast(1280, MEAN)
         self.Mixed_7c = MixedLast(2048, nn.MaxPool2d(3, 1, 1))
-        self.fc = nn.Linear(2048, CLASSES)
+        self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Features:
-        """images: uint8 (B, H, W, 3), any H and W; else ValueError. In float32, never in TF32."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError("images must be uint8 (B, H, W, 3); got "
-                             f"{images.dtype} {tuple(images.shape)}")
+        """images: uint8 (B, H, W, 3), any H and W. In float32, never in TF32."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = (resize(images.permute(0, 3, 1, 2).float()) - 128) / 128     # (B, 3, 299, 299)
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
@@ -201,72 +193,28 @@ class InceptionV3(nn.Module):
             spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1)  # (B, 17, 17, 7)
             x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))               # (B, 1280, 8, 8)
             pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))              # (B, 2048)
-        return Features(pool, spatial.flatten(1), self.classify(pool))
-
-    def classify(self, pool: Tensor) -> Tensor:
-        """Class probabilities (B, 1008) of pool (B, 2048). Like ADM's, without the bias."""
-        return F.linear(pool, self.fc.weight).softmax(1)
+        probs = F.linear(pool, self.fc.weight).softmax(1)  # like ADM's, without the bias
+        return Features(pool, spatial.flatten(1), probs)
 
 
 def load_inception(path: str | None = None) -> InceptionV3:
-    """The network with the weights in file `path`; None: the file in torch.hub's cache, downloaded
-    once. If a name ends in 8 hex digits (-6726825d.pth), the file's sha256 must begin with them.
-    Raises Mistake."""
-    if path is None:
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(WEIGHTS))
-        with contextlib.suppress(OSError):  # without network, the next error says what to do
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            if not os.path.exists(path):
-                torch.hub.download_url_to_file(WEIGHTS, path)
-    if not os.path.isfile(path):
-        raise Mistake(f"no Inception weights at {path!r}; fetch {WEIGHTS} and put them there, or "
-                      "give their place by --weights FILE")
-    with about(path), open(path, "rb") as file:
-        content = file.read()
-    digits = re.search(r"-([0-9a-f]{8})\.pth$", path)
-    if digits and not hashlib.sha256(content).hexdigest().startswith(digits[1]):
-        raise Mistake(f"{path} is damaged: its sha256 is not as its name says; fetch {WEIGHTS}")
+    """The network with the weights in file `path`; None: those in torch.hub's cache, downloaded and
+    checked once. Raises Mistake."""
+    try:
+        if path is None:
+            weights = torch.hub.load_state_dict_from_url(
+                WEIGHTS, map_location="cpu", check_hash=True, weights_only=True)
+        else:
+            weights = torch.load(path, "cpu", weights_only=True)
+    except OSError as error:
+        raise Mistake(f"no Inception weights ({error}); fetch {WEIGHTS} and give --weights FILE, "
+                      f"or put it in {torch.hub.get_dir()}/checkpoints") from None
     network = InceptionV3()
-    with about(path, f"not the weights of this network; fetch {WEIGHTS}"):
-        network.load_state_dict(torch.load(io.BytesIO(content), "cpu", weights_only=True))
-    if not all(value.isfinite().all() for value in network.state_dict().values()):
-        raise Mistake(f"{path} holds weights that are not finite; fetch {WEIGHTS}")
+    network.load_state_dict(weights)
     return network
 
 
 # ---- Activations -> statistics -> distance -------------------------------------------------------
-
-def sum_processes(*tensors: Tensor):
-    """Replaces tensors by their sums over the processes of torchrun."""
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
-
-
-class Sums:
-    """Mean and covariance of rows that come in batches, by the float64 sums n, x and x x^T. They
-    do not depend on how the rows are split into batches and processes."""
-
-    def __init__(self, width: int, device="cpu"):
-        self.n, self.x, self.xx = (torch.zeros(shape, dtype=torch.float64, device=device)
-                                   for shape in ((), (width,), (width, width)))
-
-    def add(self, rows: Tensor):
-        """rows: (B, D)."""
-        rows = rows.double()
-        self.n += len(rows)
-        self.x += rows.sum(0)
-        self.xx.addmm_(rows.T, rows)
-
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (D,) and unbiased covariance (D, D), float64, of the rows of all processes. Raises
-        ValueError for fewer than 2."""
-        n, x, xx = (tensor.clone() for tensor in (self.n, self.x, self.xx))
-        sum_processes(n, x, xx)
-        if n < 2:
-            raise ValueError(f"a covariance needs 2 images or more; got {int(n)}")
-        sigma = (xx - torch.outer(x, x) / n) / (n - 1)
-        return (x / n).cpu().numpy(), sigma.cpu().numpy()
-
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), in float64. For any A
@@ -283,338 +231,220 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
 def inception_score(probs: Tensor, split_size: int = 5000) -> InceptionScore:
     """exp of the mean KL divergence of class probabilities (N, C) from their mean, over splits in
-    file order; the last split may be shorter."""
+    the given order; the last split may be shorter."""
     scores = []
-    for part in probs.split(split_size):
-        p, mean = part.double(), part.double().mean(0)
-        divergence = torch.xlogy(p, p).sum(1).mean() - torch.xlogy(mean, mean).sum()
+    for part in probs.double().split(split_size):
+        mean = part.mean(0)
+        divergence = torch.xlogy(part, part).sum(1).mean() - torch.xlogy(mean, mean).sum()
         scores.append(divergence.exp().item())
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
-def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """Squared distances from rows of a (N, D) to all of b (M, D), in float64 chunks of 80 MB."""
+def distances(a: Tensor, b: Tensor, chunk: int = 10_000_000) -> Iterator[Tensor]:
+    """Squared distances from rows of a (N, D) to all of b (M, D), in float64, `chunk` at a time."""
     b = b.double()
     b_squared = b.square().sum(1)
-    for part in a.split(max(1, CHUNK // len(b))):
+    for part in a.split(max(1, chunk // len(b))):
         part = part.double()
         squares = part.square().sum(1, keepdim=True) + b_squared             # (rows, M)
-        chunk = torch.addmm(squares, part, b.T, alpha=-2)
-        yield chunk.masked_fill_(chunk < 1e-12 * squares, 0)  # equal rows, but for rounding
+        found = torch.addmm(squares, part, b.T, alpha=-2)
+        yield found.masked_fill_(found < 1e-12 * squares, 0)  # equal rows, but for rounding
 
 
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> PrecisionRecall:
     """The share of `generated` (M, D) in the balls around `reference` (N, D), and the reverse. A
-    ball reaches to its centre's k-th nearest other point. Raises ValueError for k points or less.
-    """
+    ball reaches to its centre's k-th nearest other point; N and M must be above k."""
     def covered(points: Tensor, centres: Tensor) -> float:
-        radii = torch.cat([chunk.topk(k + 1, largest=False).values[:, k]  # [:, 0] is the centre
-                           for chunk in distances(centres, centres)])
-        inside = [(chunk <= radii).any(1) for chunk in distances(points, centres)]
+        radii = []
+        for part in distances(centres, centres):
+            radii.append(part.topk(k + 1, largest=False).values[:, k])  # [:, 0] is the centre
+        radii = torch.cat(radii)                                             # (centres,)
+        inside = [(part <= radii).any(1) for part in distances(points, centres)]
         return torch.cat(inside).double().mean().item()
 
-    if min(len(reference), len(generated)) <= k:
-        raise ValueError(f"precision and recall need {k + 1} images or more on each side")
     return PrecisionRecall(covered(generated, reference), covered(reference, generated))
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def about(path: str, text: str | None = None):
-    """Errors in decoding a file become a Mistake that names it and says `text`, or what they said.
-    Pillow, zipfile, numpy and torch raise many kinds of errors for damaged files."""
-    try:
-        yield
-    except Exception as error:
-        raise Mistake(f"{path}: {text or str(error)[:300] or type(error).__name__}") from None
+def find_images(root: str, quiet: bool = False) -> list[str]:
+    """Sorted paths, relative to a folder, of the images in it at any depth, without hidden ones.
+    Prints a line that counts what else it leaves out, unless quiet. Raises Mistake."""
+    if not os.path.isdir(root):
+        raise Mistake(f"no folder {root}")
+    found, left_out = [], Counter()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            ending = os.path.splitext(name)[1].lower()
+            if ending in ENDINGS and not name.startswith("."):
+                found.append(os.path.relpath(os.path.join(folder, name), root))
+            elif not name.startswith("."):
+                left_out[ending or name] += 1
+    if not found:
+        raise Mistake(f"no images in {root}; endings must be {' '.join(ENDINGS)}")
+    if left_out and not quiet:
+        counts = ", ".join(f"{count:,} x {ending}" for ending, count in sorted(left_out.items()))
+        print(f"{root}: left out {counts}", flush=True)
+    return sorted(found)
 
 
-def warn(text: str):
-    """Prints a warning, in the first process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {text}", flush=True)
-
-
-def check_writable(path: str):
-    if not path:
-        raise Mistake("--json and --save-stats need a value, got an empty one")
-    path = os.path.abspath(path)
-    odd = os.path.lexists(path) and not os.path.isfile(path)
-    if odd or not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
-        raise Mistake(f"cannot write {path}: it is no file, or its folder does not exist or may "
-                      "not be written")
-
-
-def write(path: str, content: bytes):
-    """Writes under a temporary name, then renames: `path` always holds a whole file."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            file.write(content)
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        reason = "disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise Mistake(f"{reason}: {path} could not be written") from None
-
-
-@dataclass
-class Side:
+class Side(NamedTuple):
     """REFERENCE or SAMPLES: images, statistics or both."""
     path: str
-    count: int = 0    # number of images
-    read: Callable[[int, int], np.ndarray] | None = None    # images first ... last - 1, uint8
-    statistics: dict[str, np.ndarray] | None = None         # by the names above, float64
-    features: Tensor | None = None                          # (count, 2048) pool, by `measure`
+    count: int                                          # number of images
+    batches: Callable[[int], Iterator[np.ndarray]]      # of a size, (n, H, W, 3) uint8 each
+    statistics: dict[str, np.ndarray]                   # mu, sigma of pool; mu_s, sigma_s of spatial
 
 
 def open_side(path: str) -> Side:
-    """Checks everything but the pixels. Raises Mistake."""
-    if os.path.isdir(path):
-        side = open_folder(path)
-    elif os.path.isfile(path):
-        side = open_npz(path)
-    else:
-        raise Mistake(f"no file or folder {path!r}")
-    if side.count == 1 or not side.count and not side.statistics:
-        raise Mistake(f"{path}: {side.count} images (PNG, RGB), but 2 are the least")
-    return side
-
-
-def find_images(folder: str, seen: set[str]) -> Iterator[str]:
-    """Paths of the PNGs and JPEGs in a folder and its sub-folders, except hidden ones. Follows
-    links, but enters no folder twice: `seen` holds the real paths of those entered."""
-    if os.path.realpath(folder) in seen:
-        return
-    seen.add(os.path.realpath(folder))
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from find_images(entry.path, seen)
-        elif entry.name.lower().endswith((".png", ".jpg", ".jpeg")):
-            yield entry.path
-
-
-def open_image(path: str) -> Image.Image:
-    """An RGB image, its pixels not read yet. For formats not listed, Pillow may start programs."""
-    if not os.path.isfile(path):
-        raise Mistake(f"{path}: no file, or a broken link")
-    with about(path):
-        image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP"))
-    if image.mode != "RGB" or image.width * image.height > MAX_PIXELS:
-        raise Mistake(f"{path}: {image.mode}, width and height {image.size}; it must be 8-bit RGB "
-                      f"of at most {MAX_PIXELS:,} pixels")
-    return image
+    return open_folder(path) if os.path.isdir(path) else open_npz(path)
 
 
 def open_folder(path: str) -> Side:
-    def decode(file: str) -> np.ndarray:
-        with open_image(file) as image, about(file):
-            return np.array(image)                                           # (H, W, 3)
+    """Images in a fixed shuffled order: in that of classes, the splits of the Inception Score would
+    hold few of them."""
+    names = find_images(path)
+    names = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
+    if not all(name.lower().endswith((".png", ".bmp")) for name in names):
+        print(f"warning: not all images in {path} are PNGs; compression changes figures")
 
-    def read(first: int, last: int) -> np.ndarray:
-        return np.stack(list(pool.map(decode, files[first:last])))           # (B, H, W, 3)
+    def read(name: str) -> np.ndarray:
+        try:
+            image = Image.open(os.path.join(path, name), formats=FORMATS)
+            pixels = np.array(image)
+        except Exception as error:  # Pillow raises many kinds
+            raise Mistake(f"{path}/{name} cannot be read as an image ({error})") from None
+        if image.mode != "RGB":
+            raise Mistake(f"{path}/{name} is {image.mode}; images must be 8-bit RGB")
+        return pixels
 
-    with about(path):
-        files = sorted(find_images(path, set()))
-    pool, sizes, formats = ThreadPoolExecutor(), [], set()
-    for file in files:
-        with open_image(file) as image:
-            sizes.append(image.size)
-            formats.add(image.format)
-        if sizes[-1] != sizes[0]:
-            raise Mistake(f"{file}: width and height {sizes[-1]}, but {sizes[0]} in {files[0]}")
-    if lossy := formats - {"PNG", "BMP"}:
-        warn(f"{path} holds {' and '.join(sorted(lossy))} files; their compression changes figures")
-    return Side(path, len(files), read)
+    def batches(size: int) -> Iterator[np.ndarray]:
+        for first in range(0, len(names), size):
+            images = [read(name) for name in names[first:first + size]]
+            if len({image.shape for image in images}) > 1:
+                raise Mistake(f"{path} holds images of several sizes")
+            yield np.stack(images)                                           # (n, H, W, 3)
 
-
-def open_array(archive: zipfile.ZipFile, name: str) -> tuple:
-    """(file at the first number, shape, whether by columns, dtype) of an array in an npz. What the
-    header claims must be what the file holds, so that no false claim fills the memory."""
-    with about(archive.filename):
-        file = archive.open(name + ".npy")
-        np.lib.format.read_magic(file)
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-    held = archive.getinfo(name + ".npy").file_size - file.tell()
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
-        raise Mistake(f"{archive.filename}: {name} claims to be {dtype} {shape}, but its numbers "
-                      f"take {held:,} bytes")
-    return file, shape, by_columns, dtype
-
-
-def read_statistic(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """A mean or a covariance, float64."""
-    width = SPATIAL if name.endswith("_s") else POOL
-    wanted = (width,) if name.startswith("mu") else (width, width)
-    file, shape, _, dtype = open_array(archive, name)  # by rows or by columns: it is symmetric
-    if shape != wanted or not np.issubdtype(dtype, np.floating):
-        raise Mistake(f"{archive.filename}: {name} must be float {wanted}; it is {dtype} {shape}")
-    with about(archive.filename):
-        array = np.frombuffer(file.read(), dtype).astype(np.float64).reshape(shape)
-    if not np.isfinite(array).all():
-        raise Mistake(f"{archive.filename}: {name} is not finite")
-    if array.ndim == 2:  # up to float32's rounding: symmetric, no negative eigenvalue
-        rounding = (1e-6 * np.trace(array) + 1e-300) * np.eye(width)
-        if (np.abs(array - array.T).max() > 1e-6 * np.abs(array).max()
-                or lapack.dpotrf(array + rounding)[1] > 0):
-            raise Mistake(f"{archive.filename}: {name} is no covariance matrix")
-    return array
+    return Side(path, len(names), batches, {})
 
 
 def open_npz(path: str) -> Side:
-    def read(first: int, last: int) -> np.ndarray:  # fastest from the beginning to the end
-        images = np.empty((last - first, *shape[1:]), np.uint8)              # (B, H, W, 3)
-        with about(path):
-            file.seek(start + first * images[:1].size)
-            if file.readinto(images.reshape(-1)) < images.size:
-                raise EOFError("arr_0 ends too early")
-        return images
+    if not zipfile.is_zipfile(path):
+        raise Mistake(f"{path} is no folder and no npz file")
+    with np.load(path) as arrays:
+        names = arrays.files
+        statistics = {name: arrays[name].astype(np.float64)
+                      for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
+    if "arr_0" not in names:
+        if "sigma" not in names:
+            raise Mistake(f"{path} needs images arr_0 or statistics mu, sigma; it holds {names}")
+        return Side(path, 0, None, statistics)
 
-    with about(path):
-        archive = zipfile.ZipFile(path)
-        damaged = archive.testzip()  # now, as zipfile checks nothing that it reads after a seek
-    if damaged:
-        raise Mistake(f"{path}: {damaged} is damaged: its checksum differs")
-    side, names = Side(path), archive.namelist()
-    if "mu.npy" in names:
-        side.statistics = {name: read_statistic(archive, name) for name in STATISTICS}
-    if "arr_0.npy" in names:
-        file, shape, by_columns, dtype = open_array(archive, "arr_0")
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or by_columns:
-            raise Mistake(f"{path}: arr_0 must be uint8 (N, H, W, 3); it is {dtype} {shape}")
-        if not 0 < shape[1] * shape[2] <= MAX_PIXELS:
-            raise Mistake(f"{path}: images must have 1 to {MAX_PIXELS:,} pixels; it holds {shape}")
-        side.count, side.read, start = shape[0], read, file.tell()
-    elif not side.statistics:
-        raise Mistake(f"{path} needs images arr_0 or statistics {', '.join(STATISTICS)}; it holds "
-                      f"{', '.join(names)}")
-    return side
+    def open_images() -> tuple:
+        member = zipfile.ZipFile(path).open("arr_0.npy")
+        np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        return member, shape, dtype
+
+    def batches(size: int) -> Iterator[np.ndarray]:  # never all at once
+        member, shape, _ = open_images()
+        one = math.prod(shape[1:])
+        for first in range(0, shape[0], size):
+            content = member.read(one * min(size, shape[0] - first))
+            yield np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
+
+    _, shape, dtype = open_images()
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        raise Mistake(f"{path}: arr_0 must be uint8 (N, H, W, 3); it is {dtype} {shape}")
+    return Side(path, shape[0], batches, statistics)
 
 
 # ---- The program ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def measure(network: InceptionV3, side: Side, batch: int, device):
-    """Fills in the features of a side and, if it has none, the statistics. Each process passes its
-    share of the images through the network; afterwards all know the whole."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    first, last = side.count * rank // world, side.count * (rank + 1) // world
-    pool, spatial, features = Sums(POOL, device), Sums(SPATIAL, device), []
-    began = shown = time.time()
-    for start in range(first, last, batch):
-        end = min(start + batch, last)
-        seen = network(torch.from_numpy(side.read(start, end)).to(device))
-        pool.add(seen.pool)
-        spatial.add(seen.spatial)
-        features.append(seen.pool)
-        if rank == 0 and (end == last or time.time() > shown + 10):
-            shown = time.time()
-            print(f"{side.path}: {end:,} of {last:,} images{' in each process' * (world > 1)}, "
-                  f"{end * world / (shown - began):.1f} images/s", flush=True)
-    side.features = torch.zeros(side.count, POOL, device=device)  # only now is the count certain
-    if features:
-        side.features[first:last] = torch.cat(features)
-    sum_processes(side.features)
-    measured = dict(zip(STATISTICS, (*pool.moments(), *spatial.moments())))
-    side.statistics = side.statistics or measured
+def measure(network: InceptionV3, side: Side, batch: int, device) -> Features:
+    """The features of all images of a side."""
+    parts, done = [], 0
+    began = time.time()
+    for i, images in enumerate(side.batches(batch), 1):
+        parts.append(network(torch.tensor(images, device=device)))
+        done += len(images)
+        if i % 100 == 0 or done == side.count:
+            rate = done / (time.time() - began)
+            print(f"{side.path}: {done:,} of {side.count:,} images, {rate:.1f} a second", flush=True)
+    return Features(*(torch.cat(part) for part in zip(*parts)))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise Mistake(f"{message}; --help lists the flags")
+def statistics_of(features: Features) -> dict[str, np.ndarray]:
+    """Mean and covariance of both kinds of features, float64."""
+    pool = features.pool.double().cpu().numpy()
+    spatial = features.spatial.double().cpu().numpy()
+    return {"mu": pool.mean(0), "sigma": np.cov(pool, rowvar=False),
+            "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
 
 
-def main(argv: list[str] | None = None):
-    parser = Parser(description=__doc__.splitlines()[0])
+def check_sides(reference: Side, samples: Side):
+    """Raises a Mistake for sides that cannot be measured, and warns of mistakes of protocol."""
+    if samples.statistics:
+        raise Mistake(f"{samples.path} holds statistics; the order is REFERENCE SAMPLES")
+    for side in (reference, samples):
+        if side.count < 2 and not side.statistics:
+            raise Mistake(f"{side.path} holds {side.count} images, but 2 are the least")
+        if side.count != 50_000 and not side.statistics:
+            print(f"warning: {side.path} has {side.count:,} images; figures compare for 50,000 only"
+                  + ", and mean little below 2,048" * (side.count < 2048))
+    if samples.count < reference.count and not reference.statistics:
+        print(f"warning: fewer samples than reference images: is {samples.path} the REFERENCE?")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Prints the figures, and returns them by name."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reference", metavar="REFERENCE", help="folder of PNGs, or npz")
     parser.add_argument("samples", metavar="SAMPLES", nargs="?", help="folder of PNGs, or npz")
     parser.add_argument("--weights", help="the network's; default: in torch.hub's cache")
-    parser.add_argument("--json", help="file to write the figures to")
-    parser.add_argument("--save-stats", help="file to write the statistics of IMAGES to")
+    parser.add_argument("--save-stats", help="file to write the statistics of REFERENCE to")
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
     args = parser.parse_args(argv)
-    saving = args.save_stats is not None
-    if saving != (args.samples is None) or saving and args.json is not None:
-        raise Mistake("give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE")
-    if args.batch < 1:
-        raise Mistake("--batch must be 1 or more")
-    out = args.save_stats if saving else args.json
-    if out is not None:
-        check_writable(out)
+    if bool(args.save_stats) == bool(args.samples):
+        parser.error("give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE")
 
-    # Sides
-    sides = [open_side(path) for path in (args.reference, args.samples) if path is not None]
-    reference, samples = sides[0], sides[-1]
-    if saving and reference.statistics:
-        raise Mistake(f"{reference.path} holds statistics already")
-    if samples.statistics and (samples.count or not reference.statistics):
-        raise Mistake(f"{samples.path} holds statistics, as a reference does; the order is "
-                      "REFERENCE SAMPLES, and samples are images")
-    if samples.count < reference.count and not reference.statistics:
-        warn(f"fewer samples than reference images: is {samples.path} the REFERENCE?")
-    for side in sides:
-        if out is not None and os.path.realpath(out) == os.path.realpath(side.path):
-            raise Mistake(f"{out} would be overwritten; give another name")
-        if side.count != 50_000 and not side.statistics:
-            warn(f"{side.path} has {side.count:,} images; figures compare for 50,000 only"
-                 + ", and mean little below 2,048" * (side.count < 2048))
-
-    # Processes and network
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=1))
-    for turn in range(2):  # the first process of a node downloads what the others then find
-        if samples.count and turn == (local > 0):
-            network = load_inception(args.weights).to(device)
-        if world > 1:
-            dist.barrier()
+    # Sides and network
+    reference = open_side(args.reference)
+    samples = open_side(args.samples or args.reference)
+    check_sides(reference, samples)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_inception(args.weights).to(device)
 
     # Activations, statistics
-    for side in sides:
-        if samples.count and side.count:
-            measure(network, side, args.batch, device)
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        return
-    if saving:
-        content = io.BytesIO()
-        np.savez(content, n=reference.count, **reference.statistics)
-        write(out, content.getvalue())
-        print(out)
-        return
+    b = measure(network, samples, args.batch, device)
+    found = statistics_of(b)
+    if args.save_stats:
+        np.savez(args.save_stats, n=samples.count, **found)
+        print(args.save_stats)
+        return {}
+    a = measure(network, reference, args.batch, device) if reference.count else None
+    expected = reference.statistics or statistics_of(a)
 
     # Distances
-    a, b = reference.statistics, samples.statistics
-    figures = {"fid": frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"]),
-               "sfid": frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])}
-    if samples.count:
-        score = inception_score(network.classify(samples.features))
-        figures.update(inception_score=score.mean, inception_score_std=score.std)
+    figures = {}
+    for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
+        if sigma in expected:
+            figures[name] = frechet_distance(expected[mu], expected[sigma], found[mu], found[sigma])
+        else:
+            print("no sFID: the reference has no mu_s and sigma_s")
+    figures["inception_score"], figures["inception_score_std"] = inception_score(b.probs)
     if min(reference.count, samples.count) > 3:
-        pair = precision_recall(reference.features, samples.features)
-        figures.update(precision=pair.precision, recall=pair.recall)
+        figures["precision"], figures["recall"] = precision_recall(a.pool, b.pool)
     else:
-        warn("no Inception Score; " * (not samples.count)
-             + "no precision and recall: they need 4 images or more on each side, and there are "
-             f"{reference.count} and {samples.count}")
+        print("no precision and recall: they need 4 images or more on each side")
     for name, value in figures.items():
         print(f"{name:20} {value:.4f}")
-    if out is not None:
-        write(out, json.dumps(figures).encode())
+    return figures
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is less
     try:
         main()
     except Mistake as mistake:

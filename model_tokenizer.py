@@ -7,8 +7,8 @@ image in K steps, and step k reads the condition tokens of group k. Early tokens
 early (noisy) steps need: layout and colour; late tokens carry detail. Reading the tokens one after
 another *is* running the diffusion.
 
-    image (B, 3, H, W) -> Encoder -> z (B, N, C) -> Quantizer -> tokens (B, N), codes (B, N, C)
-    codes (B, N, C) -> CausalDecoder -> cond (B, N, D), in K groups of (B, N/K, D)
+    image (B, 3, H, W) -> Encoder -> z (B, N, C) -> Quantizer -> tokens (B, N), vectors (B, N, C)
+    vectors (B, N, C) -> CausalDecoder -> cond (B, N, D), in K groups of (B, N/K, D)
     x_t (B, 3, H, W), t (B,), one group of cond -> DiffusionDecoder -> velocity (B, 3, H, W)
 
 Letters: B batch, H and W pixels, p pixels a side of a patch, L patches and D width of the part at
@@ -17,50 +17,49 @@ hand, N tokens, K groups, V codebook size, C code width, h heads, d head width. 
 Eq. 8. "Sec.", "Eq." and "App." are of the paper, arxiv.org/abs/2505.23660; "released code" is the
 authors' public release. Eq. 6 is in model_ar.py, Eq. 7 in train_tokenizer.py.
 """
-import functools
 import math
 from dataclasses import dataclass
-from typing import Annotated, Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Kinds of settings: type, least and largest value; sample.py checks them where settings come in.
-Count = Annotated[int, 1, 2 ** 20]
-Depth = Annotated[int, 1, 999]
-CountOrZero = Annotated[int, 0, 2 ** 20]
-Positive = Annotated[float, 1e-9, 1e9]
-
 
 @dataclass
 class TokenizerConfig:
-    """Architecture and constants of the method. Trained weights fit other values of `image_size`
-    and `num_steps` only. Raises ValueError for numbers that do not fit together."""
-    image_size: Count = 256         # pixels a side (Sec. 5)
-    num_tokens: Count = 256         # N, query tokens an image (Sec. 4)
-    num_groups: Count = 8           # K, groups = denoising steps (Sec. 4, Table 5 of the appendix)
-    num_steps: CountOrZero = 0      # default denoising steps of `decode`; 0: K (Sec. 4)
-    codebook_size: Count = 16384    # V (Sec. 4)
-    code_dim: Count = 8             # width of a codebook row (Sec. 4)
-    patch_size: Count = 16          # pixels a side of an encoder patch (Sec. 4)
-    encoder_width: Count = 768      # (Sec. 4)
-    encoder_depth: Depth = 8        # (Sec. 4)
-    decoder_width: Count = 768      # the causal decoder (Sec. 4)
-    decoder_depth: Depth = 8        # (Sec. 4)
-    diffusion_width: Count = 768    # (Sec. 4)
-    diffusion_depth: Depth = 12     # (Sec. 4)
-    diffusion_patch: Count = 8      # pixels a side of a diffusion patch (Sec. 4)
-    head_dim: Count = 64            # d, width of one attention head (released code)
-    query_rank: Count = 8           # rank of the query table (released code)
-    max_tokens: Count = 1024        # rows in the query and position tables (released code)
-    sigma: Positive = 0.6           # standard deviation the data is scaled by (released code)
-    beta: Positive = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
-    commitment: Positive = 0.25     # weight of the commitment loss (released code)
-    init_std: Positive = 0.02       # of linear weights and positions (released code)
-    repa_depth: CountOrZero = 8     # the REPA head reads after this many diffusion blocks; 0: none
-    repa_dim: Count = 768           # width of the DINOv2-B features the head predicts
-    repa_hidden: Count = 2048       # width of the head's hidden layers (released code)
+    """Architecture and constants of the method. Weights fit any `image_size`; every other change
+    needs a new training."""
+    # Images and tokens
+    image_size: int = 256        # pixels a side (Sec. 5)
+    num_tokens: int = 256        # N, query tokens an image (Sec. 4)
+    num_groups: int = 8          # K, groups = denoising steps (Sec. 4, Table 5 of the appendix)
+    codebook_size: int = 16384   # V (Sec. 4)
+    code_dim: int = 8            # C, width of a codebook row (Sec. 4)
+    # Encoder
+    patch_size: int = 16         # pixels a side of an encoder patch (Sec. 4)
+    encoder_width: int = 768     # (Sec. 4)
+    encoder_depth: int = 8       # (Sec. 4)
+    query_rank: int = 8          # rank of the query table (released code)
+    # Causal decoder
+    decoder_width: int = 768     # (Sec. 4)
+    decoder_depth: int = 8       # (Sec. 4)
+    # Diffusion decoder
+    diffusion_width: int = 768   # (Sec. 4)
+    diffusion_depth: int = 12    # (Sec. 4)
+    diffusion_patch: int = 8     # pixels a side of a diffusion patch (Sec. 4)
+    # All transformers
+    head_dim: int = 64           # d, width of one attention head (released code)
+    max_tokens: int = 1024       # rows in the query and position tables (released code)
+    init_std: float = 0.02       # of linear weights and positions (released code)
+    # Method
+    sigma: float = 0.6           # standard deviation the data is scaled by (released code)
+    beta: float = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
+    commitment: float = 0.25     # weight of the commitment loss (released code)
+    # REPA head, in training only
+    repa_depth: int = 8          # it reads after this many diffusion blocks; 0: no head (Sec. 4)
+    repa_dim: int = 768          # width of the DINOv2-B features it predicts
+    repa_hidden: int = 2048      # width of its hidden layers (released code)
 
     @property
     def group_size(self) -> int:
@@ -68,57 +67,58 @@ class TokenizerConfig:
         return self.num_tokens // self.num_groups
 
     def __post_init__(self):
-        for name, unit in (("num_tokens", "num_groups"), ("image_size", "patch_size"),
-                           ("image_size", "diffusion_patch"), ("encoder_width", "head_dim"),
-                           ("decoder_width", "head_dim"), ("diffusion_width", "head_dim")):
-            number, of = getattr(self, name), getattr(self, unit)
-            if number % of:
-                raise ValueError(f"{name} must be a multiple of {unit}, got {number} and {of}")
-        if self.head_dim % 4:
-            raise ValueError(f"head_dim must be a multiple of 4 for RoPE, got {self.head_dim}")
-        if self.num_tokens > self.max_tokens:
-            raise ValueError(f"num_tokens must be at most max_tokens, {self.max_tokens}, got "
-                             f"{self.num_tokens}")
-        if self.repa_depth >= self.diffusion_depth:
-            raise ValueError(f"repa_depth must be below diffusion_depth, {self.diffusion_depth}, "
-                             f"got {self.repa_depth}")
+        for whole, part in (("num_tokens", "num_groups"), ("image_size", "patch_size"),
+                            ("image_size", "diffusion_patch"), ("encoder_width", "head_dim"),
+                            ("decoder_width", "head_dim"), ("diffusion_width", "head_dim")):
+            assert getattr(self, whole) % getattr(self, part) == 0, (
+                f"{whole} must be a multiple of {part}, {getattr(self, part)}")
+        assert self.num_tokens <= self.max_tokens, "num_tokens must be at most max_tokens"
+        assert self.repa_depth < self.diffusion_depth, "repa_depth must be below diffusion_depth"
 
 
 TOKENIZERS = {
     "paper": TokenizerConfig(),  # 300M parameters (300,099,776) + 7.3M in the REPA head
     # The ablation model of the paper's appendix III, 113M parameters. Its 8 diffusion blocks leave
     # none after the paper's REPA tap at 8, so the head reads after block 6.
-    "light": TokenizerConfig(encoder_width=512, decoder_width=512, diffusion_width=512,
-                             diffusion_depth=8, repa_depth=6),
-    # For the built-in pictures, trained on a CPU in minutes: 8 groups of 4 tokens. In so narrow a
-    # model, weights that start at 0.02 weaken the signal so much that for long the tokens tell
-    # nothing: init_std is about 1 / sqrt(width). And beta is larger than the paper's, so that the
-    # last groups, too, get their turn while there still is something to tell.
-    "toy": TokenizerConfig(image_size=24, num_tokens=32, codebook_size=512, patch_size=6,
-                           encoder_width=96, encoder_depth=3, decoder_width=96, decoder_depth=2,
-                           diffusion_width=96, diffusion_depth=4, diffusion_patch=4, head_dim=16,
-                           max_tokens=32, beta=48.0, init_std=0.1, repa_depth=0),
-    # For photographs of 32 pixels: 8 groups of 8 tokens.
-    "cifar": TokenizerConfig(image_size=32, num_tokens=64, codebook_size=1024, patch_size=4,
-                             encoder_width=128, encoder_depth=4, decoder_width=128, decoder_depth=3,
-                             diffusion_width=128, diffusion_depth=5, diffusion_patch=4, head_dim=32,
-                             max_tokens=64, beta=16.0, init_std=0.09, repa_depth=0)}
+    "light": TokenizerConfig(
+        encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_depth=8, repa_depth=6),
+    # For the built-in pictures: 8 groups of 4 tokens. In so narrow a model, weights that start at
+    # 0.02 weaken the signal so much that for long the tokens tell nothing: init_std is about
+    # 1 / sqrt(width).
+    "toy": TokenizerConfig(
+        image_size=24, num_tokens=32, codebook_size=512,
+        patch_size=6, encoder_width=96, encoder_depth=3,
+        decoder_width=96, decoder_depth=2,
+        diffusion_width=96, diffusion_depth=4, diffusion_patch=4,
+        head_dim=16, max_tokens=32, init_std=0.1, beta=4.0, repa_depth=0),
+    # For photographs of 32 pixels: 8 groups of 8 tokens
+    "cifar": TokenizerConfig(
+        image_size=32, num_tokens=64, codebook_size=1024,
+        patch_size=4, encoder_width=128, encoder_depth=4,
+        decoder_width=128, decoder_depth=3,
+        diffusion_width=128, diffusion_depth=5, diffusion_patch=4,
+        head_dim=32, max_tokens=64, init_std=0.09, repa_depth=0),
+}
 
 
 # ---- The rules: time, groups, interpolation ------------------------------------------------------
 
-def shift_time(u: Tensor, beta: float) -> Tensor:
-    """Flow times t of uniform times u in [0, 1]. Eq. 8. beta > 1: more of them near t = 0."""
+def shift_time(u, beta: float):
+    """Flow time t of a uniform time u in [0, 1], a number or a tensor. Eq. 8. beta > 1: more of
+    them near t = 0."""
     return u / (u + beta * (1 - u))
 
 
-def group_of(u: Tensor, num_groups: int) -> Tensor:
-    """The groups of tokens, 0 ... K - 1, that condition uniform times u in [0, 1]. Eq. 5.
+def group_of(u, num_groups: int):
+    """The group of tokens, 0 ... K - 1, that conditions a uniform time u in [0, 1), a number or a
+    tensor; a whole number as a float. Eq. 5.
 
     The paper cuts, ceil(uK). We round, as the released code does: each group is trained around the
-    one time at which the K-step sampler uses it. The first gets 1/2K of all times, the last 3/2K.
+    one time at which the K-step sampler uses it. The first gets 1/(2K) of all times, the last
+    3/(2K).
     """
-    return (u * num_groups + 0.5).long().clamp(max=num_groups - 1)
+    k = (u * num_groups + 0.5) // 1
+    return k - k // num_groups  # min(k, K - 1), as k is K at most
 
 
 def interpolate(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
@@ -127,8 +127,9 @@ def interpolate(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     return t * x1 + (1 - t) * x0
 
 
-def jump(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """Estimate of x1: x_t moved along velocity v, both (B, 3, H, W), from t (B,) to t = 1."""
+def predict_image(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Estimate of x1, the preview: x_t moved along velocity v, both (B, 3, H, W), from flow times
+    t (B,) to 1."""
     return x + (1 - t[:, None, None, None]) * v
 
 
@@ -137,7 +138,6 @@ class Step(NamedTuple):
     t: float
     t_next: float
     group: int
-    t_before: float  # time of the step before
 
 
 def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> list[Step]:
@@ -145,28 +145,22 @@ def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> 
 
     With steps = num_groups, every group is used exactly once.
     """
-    u = torch.arange(steps, dtype=torch.float64, device="cpu") / steps
-    u = u[group_of(u, num_groups) < groups]                                  # (n,)
-    times = [*shift_time(u, beta).tolist(), 1.0]
-    return [Step(*numbers) for numbers
-            in zip(times, times[1:], group_of(u, num_groups).tolist(), [0.0, *times])]
+    u = [i / steps for i in range(steps) if group_of(i / steps, num_groups) < groups]
+    times = [shift_time(x, beta) for x in u] + [1.0]
+    return [Step(times[i], times[i + 1], int(group_of(u[i], num_groups))) for i in range(len(u))]
 
 
-SOLVERS = "adams2", "adams2_variable", "euler"
+SOLVERS = ("adams2", "euler")
 
 
 def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solver: str) -> Tensor:
     """x at step.t_next from x and velocity v at step.t, all (B, 3, H, W). Sec. 5, Table 6.
 
-    "euler", or two-step Adams-Bashforth, whose first step is Euler: "adams2" has the coefficients
-    of equal steps although the steps are not equal (released code), "adams2_variable" those of the
-    real steps (ours).
+    "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler, with the coefficients
+    of equal steps although the steps are not equal (released code).
     """
-    if solver != "euler" and v_before is not None:
-        past = 0.5
-        if solver == "adams2_variable":
-            past = (step.t_next - step.t) / (step.t - step.t_before) / 2
-        v = (1 + past) * v - past * v_before
+    if solver == "adams2" and v_before is not None:
+        v = 1.5 * v - 0.5 * v_before
     return x + (step.t_next - step.t) * v
 
 
@@ -179,18 +173,18 @@ def to_patches(images: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
     return patches.flatten(2).transpose(1, 2), patches.shape[2:]
 
 
-@functools.cache
 def rope_2d(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Rotation of patches in row-major order: cosines and sines, (2, height * width, head_dim / 2).
+    """Rotation of patches in row-major order: cosines and sines, (2, height * width, d/2).
 
     The first half of the channel pairs turns with the row, the second with the column. App. I.
     """
     half = head_dim // 2
-    frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64, device="cpu") / half)
-    rows = torch.arange(height, device="cpu").repeat_interleave(width)
-    columns = torch.arange(width, device="cpu").repeat(height)
+    exponents = torch.arange(0, half, 2, dtype=torch.float64, device=device) / half
+    frequencies = 10000.0 ** -exponents                                      # (d/4,)
+    rows = torch.arange(height, device=device).repeat_interleave(width)      # (L,)
+    columns = torch.arange(width, device=device).repeat(height)              # (L,)
     angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], 1)
-    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+    return torch.stack([angles.cos(), angles.sin()]).float()                 # (2, L, d/2)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -200,17 +194,19 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
-    """Attention of q, k, v (B, h, L, d). The first `prefix` positions see one another, each later
-    one sees all up to its own: prefix 0 is causal attention, L is full attention. No mask is
-    needed, so flash kernels serve; the encoder computes its prefix twice for that."""
-    parts = []
-    if prefix > 0:
-        parts = [F.scaled_dot_product_attention(q[:, :, :prefix], k[:, :, :prefix],
-                                                v[:, :, :prefix])]
-    if prefix < q.shape[2]:
-        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, prefix:])
-    return torch.cat(parts, 2)
+def attend(q: Tensor, k: Tensor, v: Tensor, num_full: int) -> Tensor:
+    """Attention of q, k, v (B, h, L, d). The first `num_full` positions see one another, each later
+    one sees all up to its own. There is no mask, so flash kernels serve."""
+    q, k = q.type_as(v), k.type_as(v)
+    n = num_full
+    if n == q.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v)
+    causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if n == 0:
+        return causal
+    # The causal call computes the first rows too, and they are dropped: still cheaper than a mask.
+    full = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+    return torch.cat([full, causal[:, :, n:]], 2)
 
 
 class Attention(nn.Module):
@@ -219,29 +215,35 @@ class Attention(nn.Module):
     def __init__(self, width: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.q_norm, self.k_norm = (nn.LayerNorm(head_dim, eps=1e-6) for _ in range(2))
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(head_dim, eps=1e-6)
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)          # (B, h, L, d)
 
-    def merge(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         return self.out(x.transpose(1, 2).flatten(2))                        # (B, L, D)
 
-    def forward(self, x: Tensor, rope: Tensor | None, prefix: int) -> Tensor:
-        """`prefix_attention` of x (B, L, D), its queries and keys rotated if there is a rope
-        (2, L, d/2)."""
-        q, k = self.q_norm(self.heads(self.q(x))), self.k_norm(self.heads(self.k(x)))
+    def forward(self, x: Tensor, rope: Tensor | None, num_full: int) -> Tensor:
+        """Self-attention of x (B, L, D), see `attend`; queries and keys are rotated if there is a
+        rope (2, L, d/2)."""
+        q = self.q_norm(self.heads(self.q(x)))                               # (B, h, L, d)
+        k = self.k_norm(self.heads(self.k(x)))
         v = self.heads(self.v(x))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.merge(prefix_attention(q.to(v.dtype), k.to(v.dtype), v, prefix))
+        return self.project(attend(q, k, v, num_full))
 
     def cross(self, x: Tensor, context: Tensor, rope: Tensor) -> Tensor:
         """Attention of x (B, L, D), rotated, to context (B, M, D), unrotated: (B, L, D)."""
-        q = rotate(self.q_norm(self.heads(self.q(x))), rope)
-        k, v = self.k_norm(self.heads(self.k(context))), self.heads(self.v(context))
-        return self.merge(F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v))
+        q = rotate(self.q_norm(self.heads(self.q(x))), rope)                 # (B, h, L, d)
+        k = self.k_norm(self.heads(self.k(context)))                         # (B, h, M, d)
+        v = self.heads(self.v(context))
+        return self.project(F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v))
 
 
 def mlp(width: int, hidden: int) -> nn.Sequential:
@@ -258,13 +260,15 @@ class Block(nn.Module):
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, head_dim)
         self.mlp = mlp(width, 4 * width)
-        self.gate1, self.gate2 = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+        self.gate1 = nn.Parameter(torch.zeros(width))
+        self.gate2 = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, rope: Tensor | None, prefix: int) -> Tensor:
-        x = x + self.gate1 * self.attention(self.norm1(x), rope, prefix)     # (B, L, D)
+    def forward(self, x: Tensor, rope: Tensor | None, num_full: int) -> Tensor:
+        x = x + self.gate1 * self.attention(self.norm1(x), rope, num_full)   # (B, L, D)
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 
@@ -276,13 +280,14 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         width = config.encoder_width
-        self.num_tokens, self.head_dim = config.num_tokens, config.head_dim
+        self.num_tokens = config.num_tokens
+        self.head_dim = config.head_dim
         self.patch = config.patch_size
         self.from_pixels = nn.Linear(3 * self.patch ** 2, width)
         self.query_table = nn.Parameter(torch.empty(config.max_tokens, config.query_rank))
         self.query_up = nn.Linear(config.query_rank, width)
-        self.blocks = nn.ModuleList(Block(width, config.head_dim)
-                                    for _ in range(config.encoder_depth))
+        self.blocks = nn.ModuleList(
+            Block(width, config.head_dim) for _ in range(config.encoder_depth))
         self.to_code = nn.Linear(width, config.code_dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -290,19 +295,20 @@ class Encoder(nn.Module):
         patches = layer_norm(self.from_pixels(patches))                      # (B, L, D)
         queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
         x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)     # (B, L + N, D)
-        rope = rope_2d(*grid, self.head_dim, images.device)                  # (2, L, d/2)
         # Query tokens have no place in the image: the identity rotation (App. I).
-        identity = rope[:, :1].expand(-1, self.num_tokens, -1)  # that of patch 0: no rotation
+        rope = rope_2d(*grid, self.head_dim, images.device)                  # (2, L, d/2)
+        ones = rope.new_ones(self.num_tokens, rope.shape[2])
+        identity = torch.stack([ones, torch.zeros_like(ones)])               # (2, N, d/2)
         rope = torch.cat([rope, identity], 1)                                # (2, L + N, d/2)
-        for block in self.blocks:
-            x = block(x, rope, patches.shape[1])  # queries are causal
+        for block in self.blocks:  # patches see all patches; queries are causal
+            x = block(x, rope, num_full=patches.shape[1])
         return self.to_code(layer_norm(x[:, -self.num_tokens:]))             # (B, N, C)
 
 
 class Quantized(NamedTuple):
-    tokens: Tensor   # (B, N) int64, row numbers in the codebook
-    codes: Tensor    # (B, N, C) the unit rows; their gradient goes to the encoder, straight through
-    loss: Tensor     # (B, N) codebook loss + commitment x commitment loss of each token
+    tokens: Tensor    # (B, N) int64, row numbers in the codebook
+    vectors: Tensor   # (B, N, C) the unit rows; their gradient goes straight through to the encoder
+    loss: Tensor      # (B, N) codebook loss + commitment x commitment loss of each token
 
 
 class Quantizer(nn.Module):
@@ -317,11 +323,14 @@ class Quantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """z: (B, N, C), of any length."""
         with torch.autocast(z.device.type, enabled=False):
-            z, rows = F.normalize(z.float(), dim=-1), F.normalize(self.codebook, dim=-1)
+            z = F.normalize(z.float(), dim=-1)                               # (B, N, C)
+            rows = F.normalize(self.codebook, dim=-1)                        # (V, C)
+            # Of unit vectors, the nearest is the one of the largest product.
             tokens = (z.detach() @ rows.detach().T).argmax(-1)               # (B, N)
-            codes = rows[tokens]                                             # (B, N, C)
-            loss = (codes - z.detach()).pow(2) + self.commitment * (codes.detach() - z).pow(2)
-            return Quantized(tokens, z + (codes - z).detach(), loss.mean(-1))
+            nearest = rows[tokens]                                           # (B, N, C)
+            loss = (nearest - z.detach()).pow(2)
+            loss = loss + self.commitment * (nearest.detach() - z).pow(2)
+            return Quantized(tokens, z + (nearest - z).detach(), loss.mean(-1))
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Unit rows (B, n, C) of tokens (B, n)."""
@@ -331,21 +340,21 @@ class Quantizer(nn.Module):
 # ---- Tokens to image -----------------------------------------------------------------------------
 
 class CausalDecoder(nn.Module):
-    """Codes (B, n, C) -> condition tokens c_1 ... c_n (B, n, D) for any n <= N; causal. Sec. 4."""
+    """Vectors (B, n, C) -> condition tokens c_1 ... c_n (B, n, D) for any n <= N; causal. Sec. 4.
+    """
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         width = config.decoder_width
         self.from_code = nn.Linear(config.code_dim, width, bias=False)
         self.positions = nn.Parameter(torch.empty(config.max_tokens, width))
-        self.blocks = nn.ModuleList(Block(width, config.head_dim)
-                                    for _ in range(config.decoder_depth))
+        self.blocks = nn.ModuleList(
+            Block(width, config.head_dim) for _ in range(config.decoder_depth))
 
-    def forward(self, codes: Tensor) -> Tensor:
-        n = codes.shape[1]
-        x = self.from_code(codes) + self.positions[:n]                       # (B, n, D)
-        for block in self.blocks:
-            x = block(x, None, 0)
+    def forward(self, vectors: Tensor) -> Tensor:
+        x = self.from_code(vectors) + self.positions[:vectors.shape[1]]      # (B, n, D)
+        for block in self.blocks:  # all causal
+            x = block(x, None, num_full=0)
         return layer_norm(x)
 
 
@@ -374,15 +383,16 @@ class DiffusionBlock(nn.Module):
         self.attention = Attention(width, head_dim)
         self.mlp = mlp(width, 4 * width)
 
-    def forward(self, x: Tensor, time: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
-        """x: (B, L, D) patches. time: (B or 1, D) sinusoid. cond: (B, N/K, D). rope: (2, L, d/2).
+    def forward(self, x: Tensor, t_emb: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
+        """x: (B, L, D) patches. t_emb: (B or 1, D) sinusoid. cond: (B, N/K, D). rope: (2, L, d/2).
         """
         context = layer_norm(self.cond_mlp(cond))                            # (B, N/K, D)
-        fetched = self.cross_attention.cross(layer_norm(x), context, rope)   # (B, L, D)
-        signal = F.silu(self.time_mlp(time)[:, None] + fetched)              # (B, L, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal).float().chunk(6, -1)
-        # Under autocast too, x stays float32; and each patch sees all.
-        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1), rope, x.shape[1])
+        cond_per_patch = self.cross_attention.cross(layer_norm(x), context, rope)    # (B, L, D)
+        c = F.silu(self.time_mlp(t_emb)[:, None] + cond_per_patch)           # (B, L, D)
+        # In float32, so that x stays float32 under autocast too.
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).float().chunk(6, -1)
+        y = modulate(layer_norm(x), shift1, scale1)
+        x = x + gate1 * self.attention(y, rope, num_full=x.shape[1])         # each patch sees all
         return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
 
 
@@ -396,27 +406,33 @@ class DiffusionDecoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        width, self.patch = config.diffusion_width, config.diffusion_patch
-        self.head_dim, self.repa_depth = config.head_dim, config.repa_depth
+        width = config.diffusion_width
+        self.patch = config.diffusion_patch
+        self.head_dim = config.head_dim
+        self.repa_depth = config.repa_depth
         self.from_pixels = nn.Linear(3 * self.patch ** 2, width)
         self.from_cond = nn.Linear(config.decoder_width, width)
-        self.blocks = nn.ModuleList(DiffusionBlock(width, config.head_dim)
-                                    for _ in range(config.diffusion_depth))
+        self.blocks = nn.ModuleList(
+            DiffusionBlock(width, config.head_dim) for _ in range(config.diffusion_depth))
         self.to_pixels = nn.Linear(width, 3 * self.patch ** 2)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> DiffusionOutput:
         """x: (B, 3, H, W) images x_t. t: (B,), or (1,) for all. cond: (B, N/K, D), one group."""
         x, grid = to_patches(x, self.patch)                                  # (B, L, 3 p p)
         x = self.from_pixels(x).float()                                      # (B, L, D)
-        cond, time = layer_norm(self.from_cond(cond)), sinusoid(t, x.shape[2])
-        rope, tapped = rope_2d(*grid, self.head_dim, x.device), x
+        cond = layer_norm(self.from_cond(cond))                              # (B, N/K, D)
+        t_emb = sinusoid(t, x.shape[2])                                      # (B or 1, D)
+        rope = rope_2d(*grid, self.head_dim, x.device)                       # (2, L, d/2)
+        tapped = x
         for depth, block in enumerate(self.blocks, 1):
-            x = block(x, time, cond, rope)
-            tapped = x if depth == self.repa_depth else tapped
+            x = block(x, t_emb, cond, rope)
+            if depth == self.repa_depth:
+                tapped = x
         with torch.autocast(x.device.type, enabled=False):
-            v = self.to_pixels(layer_norm(x)).transpose(1, 2).unflatten(2, grid)
-        return DiffusionOutput(F.pixel_shuffle(v, self.patch),
-                               tapped.transpose(1, 2).unflatten(2, grid))
+            v = self.to_pixels(layer_norm(x))                                # (B, L, 3 p p)
+        v = v.transpose(1, 2).unflatten(2, grid)                             # (B, 3 p p, H/p, W/p)
+        tapped = tapped.transpose(1, 2).unflatten(2, grid)                   # (B, D, H/p, W/p)
+        return DiffusionOutput(F.pixel_shuffle(v, self.patch), tapped)
 
 
 class RepaHead(nn.Module):
@@ -425,14 +441,17 @@ class RepaHead(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         hidden = config.repa_hidden
-        self.layers = nn.Sequential(nn.Linear(config.diffusion_width, hidden), nn.SiLU(),
-                                    nn.Linear(hidden, hidden), nn.SiLU(),
-                                    nn.Linear(hidden, config.repa_dim))
+        self.layers = nn.Sequential(
+            nn.Linear(config.diffusion_width, hidden), nn.SiLU(),
+            nn.Linear(hidden, hidden), nn.SiLU(),
+            nn.Linear(hidden, config.repa_dim))
 
     def forward(self, patches: Tensor) -> Tensor:
         """patches: (B, D, H/p, W/p) -> features (B, H/2p * W/2p, repa_dim)."""
         return self.layers(F.avg_pool2d(patches, 2).flatten(2).transpose(1, 2))
 
+
+# ---- The tokenizer -------------------------------------------------------------------------------
 
 class TrainOutput(NamedTuple):
     flow_loss: Tensor      # () Eq. 2 over sigma^2
@@ -477,10 +496,11 @@ class Tokenizer(nn.Module):
         """The training rule (Sec. 4). images: (B, 3, H, W) in [-1, 1]. u: (B,) uniform in [0, 1).
         noise: (B, 3, H, W) standard normal."""
         config = self.config
-        t, group = shift_time(u, config.beta), group_of(u, config.num_groups)
+        t = shift_time(u, config.beta)                                       # (B,)
+        group = group_of(u, config.num_groups).long()                        # (B,)
         z = self.encoder(images)                                             # (B, N, C)
         quantized = self.quantizer(z)
-        cond = self.decoder(quantized.codes)                                 # (B, N, D)
+        cond = self.decoder(quantized.vectors)                               # (B, N, D)
         cond = cond.unflatten(1, (config.num_groups, -1))                    # (B, K, N/K, D)
         cond = cond[torch.arange(len(u), device=u.device), group]            # (B, N/K, D)
 
@@ -490,12 +510,12 @@ class Tokenizer(nn.Module):
         flow_loss = (v - (x1 - noise)).pow(2).mean() / config.sigma ** 2     # Eq. 2
 
         # Only tokens up to the end of the chosen group had a say in this image's velocity.
-        seen = (group + 1) * config.group_size                               # (B,)
-        seen = torch.arange(config.num_tokens, device=u.device) < seen[:, None]
-        vq_loss = (quantized.loss * seen).sum() / seen.sum()
+        length = (group + 1) * config.group_size                             # (B,)
+        mask = torch.arange(config.num_tokens, device=u.device) < length[:, None]    # (B, N)
+        vq_loss = (quantized.loss * mask).sum() / mask.sum()
         repa = self.repa_head(patches) if self.repa_head is not None else None
-        return TrainOutput(flow_loss, vq_loss, jump(xt, v, t) / config.sigma, repa,
-                           quantized.tokens, z.detach())
+        predicted = predict_image(xt, v, t) / config.sigma
+        return TrainOutput(flow_loss, vq_loss, predicted, repa, quantized.tokens, z.detach())
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B, N) int64 of images (B, 3, H, W) in [-1, 1]. Eq. 1."""
@@ -509,21 +529,14 @@ class Tokenizer(nn.Module):
     def velocity(self, x: Tensor, step: Step, cond: Tensor) -> Tensor:
         """Velocity (B, 3, H, W) at x (B, 3, H, W) in a step, from condition tokens (B, n, D) that
         reach at least to the end of the step's group."""
-        size = self.config.group_size
-        group = cond[:, step.group * size:(step.group + 1) * size]           # (B, N/K, D)
-        return self.diffusion(x, x.new_full((1,), step.t), group).velocity
+        first = step.group * self.config.group_size
+        cond_k = cond[:, first:first + self.config.group_size]               # (B, N/K, D)
+        return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
-    def start(self, batch: int, noise: Tensor | None, solver: str) -> Tensor:
-        """The noise x0 (B, 3, H, W) that a solver starts from; fresh where none is given. Raises
-        ValueError for another shape, and for an unknown solver."""
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    def new_noise(self, batch: int) -> Tensor:
+        """Standard normal noise x0 (B, 3, H, W)."""
         size = self.config.image_size
-        if noise is None:
-            return torch.randn(batch, 3, size, size, device=self.quantizer.codebook.device)
-        if noise.ndim != 4 or noise.shape[:2] != (batch, 3):
-            raise ValueError(f"noise must be ({batch}, 3, H, W), got {tuple(noise.shape)}")
-        return noise
+        return torch.randn(batch, 3, size, size, device=self.quantizer.codebook.device)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, noise: Tensor | None = None, steps: int | None = None,
@@ -531,25 +544,23 @@ class Tokenizer(nn.Module):
         """Images (B, 3, H, W), in [-1, 1] up to overshoot, of tokens (B, n) int64. Sec. 4.
 
         noise: (B, 3, H, W) starting point, standard normal; None draws one. steps: denoising steps,
-        default K (or the config's num_steps). solver: see `solver_step`. groups: read only the
-        tokens of the first `groups` groups, whose last step jumps to t = 1; default K. n must reach
-        to the end of these groups. Raises ValueError for other shapes or values.
+        default K. solver: "adams2" or "euler". groups: read only the tokens of the first `groups`
+        groups, whose last step jumps to t = 1; default K. n must reach to the end of these groups.
         """
         config = self.config
-        steps = (config.num_steps or config.num_groups) if steps is None else steps
+        steps = config.num_groups if steps is None else steps
         groups = config.num_groups if groups is None else groups
-        if steps < 1 or not 1 <= groups <= config.num_groups:
-            raise ValueError(f"need steps >= 1 and 1 <= groups <= {config.num_groups}, "
-                             f"got steps {steps}, groups {groups}")
         length = groups * config.group_size
-        if tokens.ndim != 2 or not length <= tokens.shape[1] <= config.num_tokens:
-            raise ValueError(f"tokens must be (B, n) with {length} <= n <= {config.num_tokens}, "
-                             f"got {tuple(tokens.shape)}")
-        x, v_before = self.start(len(tokens), noise, solver), None
+        assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
+        assert 1 <= groups <= config.num_groups, f"groups must be in 1 ... {config.num_groups}"
+        assert tokens.shape[1] >= length, f"{groups} groups need {length} tokens"
+        x = self.new_noise(len(tokens)) if noise is None else noise
+        v_before = None
         cond = self.condition(tokens[:, :length])                            # (B, n, D)
         for step in sampling_schedule(steps, config.num_groups, config.beta, groups):
             v = self.velocity(x, step, cond)
-            x, v_before = solver_step(x, v, v_before, step, solver), v
+            x = solver_step(x, v, v_before, step, solver)
+            v_before = v
         return x / config.sigma
 
     @torch.no_grad()
@@ -558,20 +569,24 @@ class Tokenizer(nn.Module):
         """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
         (B, 3, H, W), the estimate of the image. The last one, after all K groups or the first
         `groups`, is the image that `decode` with steps = K gives. A preview costs no call of the
-        diffusion decoder. noise, solver: as in `decode`. Raises ValueError. Sec. 3.3.
+        diffusion decoder. noise, solver: as in `decode`. Sec. 3.3.
         """
-        config, count = self.config, self.config.num_groups
-        if groups is not None and not 1 <= groups <= count:
-            raise ValueError(f"need 1 <= groups <= {count}, got {groups}")
-        schedule = sampling_schedule(count, count, config.beta, groups or count)
-        tokens, x, v_before = None, None, None
+        config = self.config
+        groups = config.num_groups if groups is None else groups
+        assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
+        schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta, groups)
+        x = noise
+        v_before = None
+        tokens = []
         for step, group in zip(schedule, token_groups):
-            if group.ndim != 2 or group.shape[1] != config.group_size:
-                raise ValueError(f"a group must be (B, {config.group_size}), got "
-                                 f"{tuple(group.shape)}")
-            tokens = group if tokens is None else torch.cat([tokens, group], 1)      # (B, n)
-            x = self.start(len(tokens), noise, solver) if x is None else x
-            v = self.velocity(x, step, self.condition(tokens))
-            preview = jump(x, v, x.new_full((len(x),), step.t))
-            x, v_before = solver_step(x, v, v_before, step, solver), v
+            assert group.shape[1] == config.group_size, f"a group is {config.group_size} tokens"
+            tokens.append(group)
+            if x is None:
+                x = self.new_noise(len(group))
+            cond = self.condition(torch.cat(tokens, 1))                      # (B, n, D)
+            v = self.velocity(x, step, cond)
+            preview = predict_image(x, v, x.new_full((1,), step.t))
+            x = solver_step(x, v, v_before, step, solver)
+            v_before = v
+            # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
             yield (x if step is schedule[-1] else preview) / config.sigma
