@@ -25,7 +25,7 @@ import sys
 import time
 import zipfile
 from collections import Counter, OrderedDict
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -46,23 +46,13 @@ class Features(NamedTuple):
     probs: Tensor      # (B, 1008) class probabilities, without the bias
 
 
-class InceptionScore(NamedTuple):
-    mean: float    # over splits
-    std: float
-
-
-class PrecisionRecall(NamedTuple):
-    precision: float
-    recall: float
-
-
 class Mistake(ValueError):
     """What the user can mend; printed as one line."""
 
 
 # ---- The network ---------------------------------------------------------------------------------
 
-def conv(inner: int, outer: int, kernel, stride: int = 1, padding: str = "same") -> nn.Sequential:
+def conv(inner, outer, kernel, stride=1, padding="same"):
     """Convolution, batch normalisation, ReLU."""
     return nn.Sequential(OrderedDict(
         conv=nn.Conv2d(inner, outer, kernel, stride, padding, bias=False),
@@ -77,7 +67,7 @@ class Mixed(nn.Module):
     branch_pool begins at the pooled input, the others at the input.
     """
 
-    def __init__(self, inner: int, pool: nn.Module, **branches: list[tuple]):
+    def __init__(self, inner, pool, **branches):
         super().__init__()
         self.pool = pool
         self.branches = {}  # names of each branch's convolutions
@@ -90,7 +80,7 @@ class Mixed(nn.Module):
                 self.branches[branch].append(name)
                 width = outer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         outputs = []
         for branch, names in self.branches.items():
             y = self.pool(x) if branch == "branch_pool" else x
@@ -103,7 +93,7 @@ class Mixed(nn.Module):
 class MixedLast(nn.Module):
     """Mixed_7b and 7c: two branches end in two convolutions side by side, a row and a column."""
 
-    def __init__(self, inner: int, pool: nn.Module):
+    def __init__(self, inner, pool):
         super().__init__()
         self.pool = pool
         self.branch1x1 = conv(inner, 320, 1)
@@ -116,7 +106,7 @@ class MixedLast(nn.Module):
         self.branch3x3dbl_3b = conv(384, 384, (3, 1))
         self.branch_pool = conv(inner, 192, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = self.branch3x3_1(x)
         z = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         return torch.cat([
@@ -128,18 +118,18 @@ MEAN, SHRINK = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 2
 ROW, COLUMN, HALVE = (1, 7), (7, 1), (3, 2, "valid")  # kernels; kernel, stride, padding
 
 
-def mixed_35(inner: int, pooled: int) -> Mixed:
+def mixed_35(inner, pooled):
     return Mixed(inner, MEAN, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                  branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
 
 
-def mixed_17(w: int) -> Mixed:
+def mixed_17(w):
     return Mixed(768, MEAN, branch1x1=[(192, 1)], branch7x7=[(w, 1), (w, ROW), (192, COLUMN)],
                  branch7x7dbl=[(w, 1), (w, COLUMN), (w, ROW), (w, COLUMN), (192, ROW)],
                  branch_pool=[(192, 1)])
 
 
-def resize(images: Tensor, size: int = 299) -> Tensor:
+def resize(images, size=299):
     """(B, C, size, size) of images (B, C, H, W) float32 by TensorFlow 1's bilinear rule: pixel i
     comes from i * H / size, without half-pixel offset or antialias."""
     for axis in (3, 2):
@@ -181,23 +171,23 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images):
         """images: uint8 (B, H, W, 3), any H and W. In float32, never in TF32."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = (resize(images.permute(0, 3, 1, 2).float()) - 128) / 128     # (B, 3, 299, 299)
+            x = (resize(images.permute(0, 3, 1, 2).float()) - 128) / 128  # (B, 3, 299, 299)
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
-            x = self.Mixed_5b(F.max_pool2d(x, 3, 2))                         # (B, 256, 35, 35)
-            x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(x)))               # (B, 768, 17, 17)
+            x = self.Mixed_5b(F.max_pool2d(x, 3, 2))                # (B, 256, 35, 35)
+            x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(x)))      # (B, 768, 17, 17)
             x = self.Mixed_6c(self.Mixed_6b(x))
             spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1)  # (B, 17, 17, 7)
-            x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))               # (B, 1280, 8, 8)
-            pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))              # (B, 2048)
+            x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))      # (B, 1280, 8, 8)
+            pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))     # (B, 2048)
         probs = F.linear(pool, self.fc.weight).softmax(1)  # like ADM's, without the bias
         return Features(pool, spatial.flatten(1), probs)
 
 
-def load_inception(path: str | None = None) -> InceptionV3:
+def load_inception(path=None):
     """The network with the weights in file `path`; None: those in torch.hub's cache, downloaded and
     checked once. Raises Mistake."""
     try:
@@ -216,7 +206,7 @@ def load_inception(path: str | None = None) -> InceptionV3:
 
 # ---- Activations -> statistics -> distance -------------------------------------------------------
 
-def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), in float64. For any A
     with A A^T = sigma1, the last trace is the sum of the square roots of the eigenvalues of
     A^T sigma2 A. Pivoted Cholesky is the fastest way to an A; its columns are the rank of sigma1.
@@ -229,45 +219,45 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     return max(float(distance), 0.0)
 
 
-def inception_score(probs: Tensor, split_size: int = 5000) -> InceptionScore:
-    """exp of the mean KL divergence of class probabilities (N, C) from their mean, over splits in
-    the given order; the last split may be shorter."""
+def inception_score(probs, split_size=5000):
+    """Mean and standard deviation over splits, in the given order, of exp of the mean KL divergence
+    of class probabilities (N, C) from their mean; the last split may be shorter."""
     scores = []
     for part in probs.double().split(split_size):
         mean = part.mean(0)
         divergence = torch.xlogy(part, part).sum(1).mean() - torch.xlogy(mean, mean).sum()
         scores.append(divergence.exp().item())
-    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
+    return np.mean(scores), np.std(scores)
 
 
-def distances(a: Tensor, b: Tensor, chunk: int = 10_000_000) -> Iterator[Tensor]:
+def distances(a, b, chunk=10_000_000):
     """Squared distances from rows of a (N, D) to all of b (M, D), in float64, `chunk` at a time."""
     b = b.double()
     b_squared = b.square().sum(1)
     for part in a.split(max(1, chunk // len(b))):
         part = part.double()
-        squares = part.square().sum(1, keepdim=True) + b_squared             # (rows, M)
+        squares = part.square().sum(1, keepdim=True) + b_squared    # (rows, M)
         found = torch.addmm(squares, part, b.T, alpha=-2)
         yield found.masked_fill_(found < 1e-12 * squares, 0)  # equal rows, but for rounding
 
 
-def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> PrecisionRecall:
+def precision_recall(reference, generated, k=3):
     """The share of `generated` (M, D) in the balls around `reference` (N, D), and the reverse. A
     ball reaches to its centre's k-th nearest other point; N and M must be above k."""
-    def covered(points: Tensor, centres: Tensor) -> float:
+    def covered(points, centres):
         radii = []
         for part in distances(centres, centres):
             radii.append(part.topk(k + 1, largest=False).values[:, k])  # [:, 0] is the centre
-        radii = torch.cat(radii)                                             # (centres,)
+        radii = torch.cat(radii)                                    # (centres,)
         inside = [(part <= radii).any(1) for part in distances(points, centres)]
         return torch.cat(inside).double().mean().item()
 
-    return PrecisionRecall(covered(generated, reference), covered(reference, generated))
+    return covered(generated, reference), covered(reference, generated)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def find_images(root: str, quiet: bool = False) -> list[str]:
+def find_images(root, quiet=False):
     """Sorted paths, relative to a folder, of the images in it at any depth, without hidden ones.
     Prints a line that counts what else it leaves out, unless quiet. Raises Mistake."""
     if not os.path.isdir(root):
@@ -292,16 +282,12 @@ def find_images(root: str, quiet: bool = False) -> list[str]:
 class Side(NamedTuple):
     """REFERENCE or SAMPLES: images, statistics or both."""
     path: str
-    count: int                                          # number of images
-    batches: Callable[[int], Iterator[np.ndarray]]      # of a size, (n, H, W, 3) uint8 each
-    statistics: dict[str, np.ndarray]                   # mu, sigma of pool; mu_s, sigma_s of spatial
+    count: int          # number of images
+    batches: Callable   # batches(size) yields them, (n, H, W, 3) uint8 at a time
+    statistics: dict    # mu, sigma of pool; mu_s, sigma_s of spatial
 
 
-def open_side(path: str) -> Side:
-    return open_folder(path) if os.path.isdir(path) else open_npz(path)
-
-
-def open_folder(path: str) -> Side:
+def open_folder(path):
     """Images in a fixed shuffled order: in that of classes, the splits of the Inception Score would
     hold few of them."""
     names = find_images(path)
@@ -309,7 +295,7 @@ def open_folder(path: str) -> Side:
     if not all(name.lower().endswith((".png", ".bmp")) for name in names):
         print(f"warning: not all images in {path} are PNGs; compression changes figures")
 
-    def read(name: str) -> np.ndarray:
+    def read(name):
         try:
             image = Image.open(os.path.join(path, name), formats=FORMATS)
             pixels = np.array(image)
@@ -319,17 +305,18 @@ def open_folder(path: str) -> Side:
             raise Mistake(f"{path}/{name} is {image.mode}; images must be 8-bit RGB")
         return pixels
 
-    def batches(size: int) -> Iterator[np.ndarray]:
+    def batches(size):
         for first in range(0, len(names), size):
             images = [read(name) for name in names[first:first + size]]
             if len({image.shape for image in images}) > 1:
                 raise Mistake(f"{path} holds images of several sizes")
-            yield np.stack(images)                                           # (n, H, W, 3)
+            yield np.stack(images)
 
     return Side(path, len(names), batches, {})
 
 
-def open_npz(path: str) -> Side:
+def open_npz(path):
+    """Images arr_0, which are never read as a whole, or statistics, or both."""
     if not zipfile.is_zipfile(path):
         raise Mistake(f"{path} is no folder and no npz file")
     with np.load(path) as arrays:
@@ -340,43 +327,39 @@ def open_npz(path: str) -> Side:
         if "sigma" not in names:
             raise Mistake(f"{path} needs images arr_0 or statistics mu, sigma; it holds {names}")
         return Side(path, 0, None, statistics)
-
-    def open_images() -> tuple:
-        member = zipfile.ZipFile(path).open("arr_0.npy")
-        np.lib.format.read_magic(member)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        return member, shape, dtype
-
-    def batches(size: int) -> Iterator[np.ndarray]:  # never all at once
-        member, shape, _ = open_images()
-        one = math.prod(shape[1:])
-        for first in range(0, shape[0], size):
-            content = member.read(one * min(size, shape[0] - first))
-            yield np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
-
-    _, shape, dtype = open_images()
+    member = zipfile.ZipFile(path).open("arr_0.npy")
+    np.lib.format.read_magic(member)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
         raise Mistake(f"{path}: arr_0 must be uint8 (N, H, W, 3); it is {dtype} {shape}")
+    start = member.tell()
+
+    def batches(size):
+        member.seek(start)
+        for first in range(0, shape[0], size):
+            content = member.read(math.prod(shape[1:]) * min(size, shape[0] - first))
+            yield np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
+
     return Side(path, shape[0], batches, statistics)
 
 
 # ---- The program ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def measure(network: InceptionV3, side: Side, batch: int, device) -> Features:
+def measure(network, side, batch, device):
     """The features of all images of a side."""
     parts, done = [], 0
     began = time.time()
-    for i, images in enumerate(side.batches(batch), 1):
+    for images in side.batches(batch):
         parts.append(network(torch.tensor(images, device=device)))
         done += len(images)
-        if i % 100 == 0 or done == side.count:
+        if len(parts) % 100 == 0 or done == side.count:
             rate = done / (time.time() - began)
             print(f"{side.path}: {done:,} of {side.count:,} images, {rate:.1f} a second", flush=True)
     return Features(*(torch.cat(part) for part in zip(*parts)))
 
 
-def statistics_of(features: Features) -> dict[str, np.ndarray]:
+def statistics_of(features):
     """Mean and covariance of both kinds of features, float64."""
     pool = features.pool.double().cpu().numpy()
     spatial = features.spatial.double().cpu().numpy()
@@ -384,7 +367,7 @@ def statistics_of(features: Features) -> dict[str, np.ndarray]:
             "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
 
 
-def check_sides(reference: Side, samples: Side):
+def check_sides(reference, samples):
     """Raises a Mistake for sides that cannot be measured, and warns of mistakes of protocol."""
     if samples.statistics:
         raise Mistake(f"{samples.path} holds statistics; the order is REFERENCE SAMPLES")
@@ -398,7 +381,7 @@ def check_sides(reference: Side, samples: Side):
         print(f"warning: fewer samples than reference images: is {samples.path} the REFERENCE?")
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
+def main(argv=None):
     """Prints the figures, and returns them by name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reference", metavar="REFERENCE", help="folder of PNGs, or npz")
@@ -411,8 +394,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         parser.error("give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE")
 
     # Sides and network
-    reference = open_side(args.reference)
-    samples = open_side(args.samples or args.reference)
+    reference, samples = (open_folder(path) if os.path.isdir(path) else open_npz(path)
+                          for path in (args.reference, args.samples or args.reference))
     check_sides(reference, samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_inception(args.weights).to(device)

@@ -11,11 +11,10 @@ heads, d head width; `pos` is the position in the sequence (the class token has 
 """
 import math
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass
@@ -52,23 +51,23 @@ SIZES = {  # with 16384 tokens and 1000 classes (Sec. 4)
 
 # ---- Layers --------------------------------------------------------------------------------------
 
-def find_multiple(n: float, k: int) -> int:
+def find_multiple(n, k):
     """The smallest multiple of k that is not below n."""
     return math.ceil(n / k) * k
 
 
-def rope_1d(pos: Tensor, head_dim: int, base: float) -> Tensor:
+def rope_1d(pos, head_dim, base):
     """Rotation of positions pos (n,): cosines and sines, (2, n, d/2)."""
     channels = torch.arange(0, head_dim, 2, device=pos.device).float()
-    frequencies = base ** -(channels / head_dim)                             # (d/2,)
-    angles = pos[:, None] * frequencies                                      # (n, d/2)
+    frequencies = base ** -(channels / head_dim)                    # (d/2,)
+    angles = pos[:, None] * frequencies                             # (n, d/2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
+def rotate(x, rope):
     """Turns neighbouring channel pairs of x (B, h, n, d) by rope (2, n, d/2), in float32."""
     cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                       # (B, h, n, d/2) each
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)              # (B, h, n, d/2) each
     turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
     return turned.flatten(-2).type_as(x)
 
@@ -76,62 +75,61 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class KVCache(nn.Module):
     """Keys and values that one layer remembers. Buffers stay in place, as CUDA graphs need."""
 
-    def __init__(self, config: ARConfig, batch: int):
+    def __init__(self, config, batch):
         super().__init__()
         shape = (batch, config.heads, config.num_tokens, config.width // config.heads)
         self.register_buffer("k", torch.zeros(shape))
         self.register_buffer("v", torch.zeros(shape))
 
-    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, pos, k, v):
         """Writes k, v (B, h, n, d) at positions pos (n,); returns those of all N positions."""
         self.k[:, :, pos] = k
         self.v[:, :, pos] = v
-        return self.k, self.v                                                # (B, h, N, d) each
+        return self.k, self.v                                       # (B, h, N, d) each
 
 
 class Attention(nn.Module):
     """Causal multi-head attention, no biases."""
 
-    def __init__(self, config: ARConfig):
+    def __init__(self, config):
         super().__init__()
         self.heads = config.heads
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, pos: Tensor,
-                mask: Tensor | None) -> Tensor:
+    def forward(self, x, rope, cache, pos, mask):
         """Attention of x (B, n, D) to itself and, with a cache, to the past, which it joins."""
-        qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))                # (B, n, 3, h, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, h, n, d) each
+        qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))       # (B, n, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, h, n, d) each
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is None:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             length = mask.shape[1]
             k, v = cache.update(pos, k, v)
-            k, v = k[:, :, :length], v[:, :, :length]                        # (B, h, length, d)
+            k, v = k[:, :, :length], v[:, :, :length]               # (B, h, length, d)
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.wo(x.transpose(1, 2).flatten(2))                         # (B, n, D)
+        return self.wo(x.transpose(1, 2).flatten(2))                # (B, n, D)
 
 
 class FeedForward(nn.Module):
     """SwiGLU of width 8/3 D, rounded up to a multiple of 256."""
 
-    def __init__(self, config: ARConfig):
+    def __init__(self, config):
         super().__init__()
         hidden = find_multiple(int(8 * config.width / 3), 256)
         self.w1 = nn.Linear(config.width, hidden, bias=False)
         self.w3 = nn.Linear(config.width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each on the normalised input and added to it."""
 
-    def __init__(self, config: ARConfig):
+    def __init__(self, config):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
         self.attention = Attention(config)
@@ -139,10 +137,9 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, pos: Tensor,
-                mask: Tensor | None) -> Tensor:
+    def forward(self, x, rope, cache, pos, mask):
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, cache, pos, mask))
-        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))         # (B, n, D)
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # (B, n, D)
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -151,7 +148,7 @@ class AR(nn.Module):
     """Llama on [class, tokens]. `forward` trains, `generate` and `stream` sample; all run `trunk`.
     """
 
-    def __init__(self, config: ARConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.cls_embedding = nn.Embedding(config.num_classes + 1, config.width)
@@ -169,12 +166,11 @@ class AR(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
 
-    def embed(self, labels: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, labels, tokens):
         """Embeddings (B, 1 + n, D) of class labels (B,) and tokens (B, n)."""
         return torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(tokens)], 1)
 
-    def trunk(self, x: Tensor, pos: Tensor, cache: nn.ModuleList | None = None,
-              length: int = 0) -> Tensor:
+    def trunk(self, x, pos, cache=None, length=0):
         """Features (B, n, D), which `output` turns into logits, of embeddings x (B, n, D) at
         positions pos (n,). Without a cache they begin the sequence; with one they see the `length`
         positions that it holds so far, as far as these are not later."""
@@ -183,25 +179,24 @@ class AR(nn.Module):
         if cache is None:
             cache = [None] * len(self.layers)
         else:
-            mask = torch.arange(length, device=pos.device) <= pos[:, None]   # (n, length)
+            mask = torch.arange(length, device=pos.device) <= pos[:, None]  # (n, length)
         for layer, kv in zip(self.layers, cache):
             x = layer(x, rope, kv, pos, mask)
         return self.norm(x)
 
-    def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, labels, tokens):
         """Logits (B, n, V) of tokens (B, n) int64, n <= N: each from the label and the tokens
         before it (Eq. 6). labels: (B,) int64; num_classes is the null class."""
-        x = self.dropout(self.embed(labels, tokens[:, :-1]))                 # (B, n, D)
+        x = self.dropout(self.embed(labels, tokens[:, :-1]))        # (B, n, D)
         return self.output(self.trunk(x, torch.arange(x.shape[1], device=x.device)))
 
-    def new_cache(self, batch: int) -> nn.ModuleList:
+    def new_cache(self, batch):
         """An empty cache for `batch` sequences; guidance needs two a sample."""
         caches = nn.ModuleList(KVCache(self.config, batch) for _ in self.layers)
         return caches.to(self.output.weight)
 
-    def generate(self, labels: Tensor, cfg: tuple[float, float] | None = None,
-                 prefix: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, uniforms: Tensor | None = None) -> Tensor:
+    def generate(self, labels, cfg=None, prefix=None, temperature=1.0, top_k=0, top_p=1.0,
+                 uniforms=None):
         """Tokens (B, N) int64 of class labels (B,) int64; the model should be in eval mode.
 
         cfg: (start, end): classifier-free guidance, whose scale runs linearly from start at the
@@ -212,18 +207,17 @@ class AR(nn.Module):
         return torch.cat([*self.stream(labels, cfg, prefix, temperature, top_k, top_p, uniforms)], 1)
 
     @torch.no_grad()
-    def stream(self, labels: Tensor, cfg: tuple[float, float] | None = None,
-               prefix: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
-               top_p: float = 1.0, uniforms: Tensor | None = None, group_size: int | None = None,
-               cache: nn.ModuleList | None = None,
-               decode: Callable | None = None) -> Iterator[Tensor]:
+    def stream(self, labels, cfg=None, prefix=None, temperature=1.0, top_k=0, top_p=1.0,
+               uniforms=None, group_size=None, cache=None, decode=None):
         """Yields the tokens that `generate` gives, (B, group_size) at a time (default: all), as
         soon as they are drawn. cache: of `new_cache`, to use again. decode: a compiled
         `decode_one_token`."""
-        batch, count = len(labels), self.config.num_tokens
-        kept = 0 if prefix is None else prefix.shape[1]
+        batch = len(labels)
+        count = self.config.num_tokens
         tokens = labels.new_zeros(batch, count)
-        if kept:
+        kept = 0
+        if prefix is not None:
+            kept = prefix.shape[1]
             tokens[:, :kept] = prefix
         if uniforms is None:
             uniforms = torch.rand(batch, count, device=labels.device)
@@ -242,50 +236,46 @@ class AR(nn.Module):
                 logits = prefill(self, cache, labels, tokens[:, :kept], scales[i])
             elif i > kept:
                 length = min(find_multiple(i + 1, step), count)
-                logits = decode(self, cache, token, pos[i:i + 1], length, scales[i])
+                logits = decode(self, cache, tokens[:, i - 1], pos[i:i + 1], length, scales[i])
             if i >= kept:
-                token = draw(logits, uniforms[:, i:i + 1], temperature, top_k, top_p)
-                tokens[:, i] = token
+                tokens[:, i] = draw(logits, uniforms[:, i:i + 1], temperature, top_k, top_p)
             if (i + 1) % group_size == 0:
                 yield tokens[:, i + 1 - group_size:i + 1]
 
 
 # ---- Generation ----------------------------------------------------------------------------------
 
-def prefill(model: AR, cache: nn.ModuleList, labels: Tensor, prefix: Tensor,
-            scale: Tensor | None) -> Tensor:
+def prefill(model, cache, labels, prefix, scale):
     """Reads labels (B,) and prefix (B, n); logits (B, V) of the token after them."""
     if scale is not None:  # the conditional half, then the unconditional half
         labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
         prefix = torch.cat([prefix, prefix])
-    x = model.embed(labels, prefix)                                          # (B or 2B, 1 + n, D)
+    x = model.embed(labels, prefix)                                 # (B or 2B, 1 + n, D)
     pos = torch.arange(x.shape[1], device=x.device)
     return next_logits(model, cache, x, pos, len(pos), scale)
 
 
-def decode_one_token(model: AR, cache: nn.ModuleList, token: Tensor, pos: Tensor, length: int,
-                     scale: Tensor | None) -> Tensor:
+def decode_one_token(model, cache, token, pos, length, scale):
     """Reads the last token (B,), at position pos (1,); logits (B, V) of the next one. Only the
     cache changes in place, so that torch.compile can record it as one CUDA graph a length."""
-    x = model.tok_embeddings(token)[:, None]                                 # (B, 1, D)
+    x = model.tok_embeddings(token)[:, None]                        # (B, 1, D)
     if scale is not None:
-        x = torch.cat([x, x])                                                # (2B, 1, D)
+        x = torch.cat([x, x])                                       # (2B, 1, D)
     return next_logits(model, cache, x, pos, length, scale)
 
 
-def next_logits(model: AR, cache: nn.ModuleList, x: Tensor, pos: Tensor, length: int,
-                scale: Tensor | None) -> Tensor:
+def next_logits(model, cache, x, pos, length, scale):
     """Logits (B, V) float32 after embeddings x (B or 2B, n, D) at positions pos (n,), with guidance
     of a scale (), if any."""
     x = model.trunk(x, pos, cache, length)
-    logits = model.output(x[:, -1]).float()                                  # (B or 2B, V)
+    logits = model.output(x[:, -1]).float()                         # (B or 2B, V)
     if scale is None:
         return logits
     cond, uncond = logits.chunk(2)
-    return uncond + scale * (cond - uncond)                                  # (B, V)
+    return uncond + scale * (cond - uncond)                         # (B, V)
 
 
-def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def filter_logits(logits, top_k, top_p):
     """Logits (B, V) with all but the top_k largest, and all but the smallest set of probability
     top_p or more, at -inf. top_k = 0 and top_p = 1 keep everything."""
     if top_k > 0:
@@ -293,21 +283,21 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
-        ordered = ordered.softmax(-1)                                        # (B, V)
+        ordered = ordered.softmax(-1)                               # (B, V)
         likelier = ordered.cumsum(-1) - ordered                              # share of all before
         dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, likelier > top_p)
         logits = logits.masked_fill(dropped, -torch.inf)
     return logits
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def draw(logits, uniforms, temperature, top_k, top_p):
     """One token a row (B,) from logits (B, V): that at which the sum of the probabilities passes
     the row's uniform random number (B, 1) in [0, 1). temperature 0 takes the most likely."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
     # Integers add up to the same in any order, so that a GPU draws the same each time.
-    sums = (probabilities * 2 ** 30).long().cumsum(-1)                       # (B, V)
+    sums = (probabilities * 2 ** 30).long().cumsum(-1)              # (B, V)
     total = sums[:, -1:]
-    passed = (uniforms * total).long().minimum(total - 1)                    # (B, 1)
+    passed = (uniforms * total).long().minimum(total - 1)           # (B, 1)
     return torch.searchsorted(sums, passed, right=True)[:, 0]

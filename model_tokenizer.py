@@ -17,9 +17,10 @@ hand, N tokens, K groups, V codebook size, C code width, h heads, d head width. 
 Eq. 8. "Sec.", "Eq." and "App." are of the paper, arxiv.org/abs/2505.23660; "released code" is the
 authors' public release. Eq. 6 is in model_ar.py, Eq. 7 in train_tokenizer.py.
 """
+import itertools
 import math
 from dataclasses import dataclass
-from typing import Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,17 +63,14 @@ class TokenizerConfig:
     repa_hidden: int = 2048      # width of its hidden layers (released code)
 
     @property
-    def group_size(self) -> int:
+    def group_size(self):
         """N/K, tokens a group."""
         return self.num_tokens // self.num_groups
 
     def __post_init__(self):
         for whole, part in (("num_tokens", "num_groups"), ("image_size", "patch_size"),
-                            ("image_size", "diffusion_patch"), ("encoder_width", "head_dim"),
-                            ("decoder_width", "head_dim"), ("diffusion_width", "head_dim")):
-            assert getattr(self, whole) % getattr(self, part) == 0, (
-                f"{whole} must be a multiple of {part}, {getattr(self, part)}")
-        assert self.num_tokens <= self.max_tokens, "num_tokens must be at most max_tokens"
+                            ("image_size", "diffusion_patch")):
+            assert getattr(self, whole) % getattr(self, part) == 0, f"{whole} must divide by {part}"
         assert self.repa_depth < self.diffusion_depth, "repa_depth must be below diffusion_depth"
 
 
@@ -103,13 +101,13 @@ TOKENIZERS = {
 
 # ---- The rules: time, groups, interpolation ------------------------------------------------------
 
-def shift_time(u, beta: float):
+def shift_time(u, beta):
     """Flow time t of a uniform time u in [0, 1], a number or a tensor. Eq. 8. beta > 1: more of
     them near t = 0."""
     return u / (u + beta * (1 - u))
 
 
-def group_of(u, num_groups: int):
+def group_of(u, num_groups):
     """The group of tokens, 0 ... K - 1, that conditions a uniform time u in [0, 1), a number or a
     tensor; a whole number as a float. Eq. 5.
 
@@ -121,13 +119,13 @@ def group_of(u, num_groups: int):
     return k - k // num_groups  # min(k, K - 1), as k is K at most
 
 
-def interpolate(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+def interpolate(x1, x0, t):
     """x_t between noise x0 and data x1, both (B, 3, H, W), at flow times t (B,). Eq. 3 and 4."""
     t = t[:, None, None, None]
     return t * x1 + (1 - t) * x0
 
 
-def predict_image(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+def predict_image(x, v, t):
     """Estimate of x1, the preview: x_t moved along velocity v, both (B, 3, H, W), from flow times
     t (B,) to 1."""
     return x + (1 - t[:, None, None, None]) * v
@@ -140,7 +138,7 @@ class Step(NamedTuple):
     group: int
 
 
-def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> list[Step]:
+def sampling_schedule(steps, num_groups, beta, groups):
     """Steps at u = i / steps (Eq. 8) of the first `groups` groups; the last one jumps to t = 1.
 
     With steps = num_groups, every group is used exactly once.
@@ -153,7 +151,7 @@ def sampling_schedule(steps: int, num_groups: int, beta: float, groups: int) -> 
 SOLVERS = ("adams2", "euler")
 
 
-def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solver: str) -> Tensor:
+def solver_step(x, v, v_before, step, solver):
     """x at step.t_next from x and velocity v at step.t, all (B, 3, H, W). Sec. 5, Table 6.
 
     "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler, with the coefficients
@@ -166,35 +164,39 @@ def solver_step(x: Tensor, v: Tensor, v_before: Tensor | None, step: Step, solve
 
 # ---- Attention -----------------------------------------------------------------------------------
 
-def to_patches(images: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
+def to_patches(images, patch):
     """Patches (B, L, 3 p p) of images (B, 3, H, W), row by row, in channel-row-column order within;
     and the grid they form, (H/p, W/p). patch: p."""
-    patches = F.pixel_unshuffle(images, patch)                               # (B, 3 p p, H/p, W/p)
+    patches = F.pixel_unshuffle(images, patch)                      # (B, 3 p p, H/p, W/p)
     return patches.flatten(2).transpose(1, 2), patches.shape[2:]
 
 
-def rope_2d(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Rotation of patches in row-major order: cosines and sines, (2, height * width, d/2).
+def grid_positions(height, width, device):
+    """Row and column (L, 2) of each patch of a grid, row by row."""
+    return torch.cartesian_prod(torch.arange(height, device=device),
+                                torch.arange(width, device=device))
+
+
+def rope_2d(positions, head_dim):
+    """Rotation of tokens at positions (L, 2): cosines and sines, (2, L, d/2).
 
     The first half of the channel pairs turns with the row, the second with the column. App. I.
     """
     half = head_dim // 2
-    exponents = torch.arange(0, half, 2, dtype=torch.float64, device=device) / half
-    frequencies = 10000.0 ** -exponents                                      # (d/4,)
-    rows = torch.arange(height, device=device).repeat_interleave(width)      # (L,)
-    columns = torch.arange(width, device=device).repeat(height)              # (L,)
-    angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], 1)
-    return torch.stack([angles.cos(), angles.sin()]).float()                 # (2, L, d/2)
+    exponents = torch.arange(0, half, 2, dtype=torch.float64, device=positions.device) / half
+    angles = positions[..., None] * 10000.0 ** -exponents           # (L, 2, d/4)
+    angles = angles.flatten(1)                                      # (L, d/2)
+    return torch.stack([angles.cos(), angles.sin()]).float()
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
+def rotate(x, rope):
     """Turns neighbouring channel pairs of x (B, h, L, d) by rope (2, L, d/2), in float32."""
     cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                       # (B, h, L, d/2) each
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)              # (B, h, L, d/2) each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, num_full: int) -> Tensor:
+def attend(q, k, v, num_full):
     """Attention of q, k, v (B, h, L, d). The first `num_full` positions see one another, each later
     one sees all up to its own. There is no mask, so flash kernels serve."""
     q, k = q.type_as(v), k.type_as(v)
@@ -212,7 +214,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_full: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention with normalised, rotated queries and keys (App. I). Scale 1/sqrt(d)."""
 
-    def __init__(self, width: int, head_dim: int):
+    def __init__(self, width, head_dim):
         super().__init__()
         self.head_dim = head_dim
         self.q = nn.Linear(width, width)
@@ -222,35 +224,35 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim, eps=1e-6)
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
 
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)          # (B, h, L, d)
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h, L, d)
 
-    def project(self, x: Tensor) -> Tensor:
-        return self.out(x.transpose(1, 2).flatten(2))                        # (B, L, D)
+    def project(self, x):
+        return self.out(x.transpose(1, 2).flatten(2))               # (B, L, D)
 
-    def forward(self, x: Tensor, rope: Tensor | None, num_full: int) -> Tensor:
+    def forward(self, x, rope, num_full):
         """Self-attention of x (B, L, D), see `attend`; queries and keys are rotated if there is a
         rope (2, L, d/2)."""
-        q = self.q_norm(self.heads(self.q(x)))                               # (B, h, L, d)
+        q = self.q_norm(self.heads(self.q(x)))                      # (B, h, L, d)
         k = self.k_norm(self.heads(self.k(x)))
         v = self.heads(self.v(x))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         return self.project(attend(q, k, v, num_full))
 
-    def cross(self, x: Tensor, context: Tensor, rope: Tensor) -> Tensor:
+    def cross(self, x, context, rope):
         """Attention of x (B, L, D), rotated, to context (B, M, D), unrotated: (B, L, D)."""
-        q = rotate(self.q_norm(self.heads(self.q(x))), rope)                 # (B, h, L, d)
-        k = self.k_norm(self.heads(self.k(context)))                         # (B, h, M, d)
+        q = rotate(self.q_norm(self.heads(self.q(x))), rope)        # (B, h, L, d)
+        k = self.k_norm(self.heads(self.k(context)))                # (B, h, M, d)
         v = self.heads(self.v(context))
         return self.project(F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v))
 
 
-def mlp(width: int, hidden: int) -> nn.Sequential:
+def mlp(width, hidden):
     return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
 
-def layer_norm(x: Tensor) -> Tensor:
+def layer_norm(x):
     """LayerNorm over channels, without weights."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
@@ -258,7 +260,7 @@ def layer_norm(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """Transformer block whose branches are scaled by per-channel gates that start at 0."""
 
-    def __init__(self, width: int, head_dim: int):
+    def __init__(self, width, head_dim):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -267,8 +269,8 @@ class Block(nn.Module):
         self.gate1 = nn.Parameter(torch.zeros(width))
         self.gate2 = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, rope: Tensor | None, num_full: int) -> Tensor:
-        x = x + self.gate1 * self.attention(self.norm1(x), rope, num_full)   # (B, L, D)
+    def forward(self, x, rope, num_full):
+        x = x + self.gate1 * self.attention(self.norm1(x), rope, num_full)  # (B, L, D)
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 
@@ -277,7 +279,7 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Images (B, 3, H, W) -> z (B, N, C), one vector a query token. Eq. 1, Sec. 3.1."""
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config):
         super().__init__()
         width = config.encoder_width
         self.num_tokens = config.num_tokens
@@ -290,19 +292,18 @@ class Encoder(nn.Module):
             Block(width, config.head_dim) for _ in range(config.encoder_depth))
         self.to_code = nn.Linear(width, config.code_dim, bias=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        patches, grid = to_patches(images, self.patch)                       # (B, L, 3 p p)
-        patches = layer_norm(self.from_pixels(patches))                      # (B, L, D)
-        queries = self.query_up(self.query_table[:self.num_tokens])          # (N, D)
-        x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)     # (B, L + N, D)
-        # Query tokens have no place in the image: the identity rotation (App. I).
-        rope = rope_2d(*grid, self.head_dim, images.device)                  # (2, L, d/2)
-        ones = rope.new_ones(self.num_tokens, rope.shape[2])
-        identity = torch.stack([ones, torch.zeros_like(ones)])               # (2, N, d/2)
-        rope = torch.cat([rope, identity], 1)                                # (2, L + N, d/2)
+    def forward(self, images):
+        patches, grid = to_patches(images, self.patch)              # (B, L, 3 p p)
+        patches = layer_norm(self.from_pixels(patches))             # (B, L, D)
+        queries = self.query_up(self.query_table[:self.num_tokens])  # (N, D)
+        x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)  # (B, L + N, D)
+        # Query tokens have no place in the image: position 0, which is no rotation (App. I).
+        positions = grid_positions(*grid, images.device)            # (L, 2)
+        positions = F.pad(positions, (0, 0, 0, self.num_tokens))    # (L + N, 2)
+        rope = rope_2d(positions, self.head_dim)                    # (2, L + N, d/2)
         for block in self.blocks:  # patches see all patches; queries are causal
             x = block(x, rope, num_full=patches.shape[1])
-        return self.to_code(layer_norm(x[:, -self.num_tokens:]))             # (B, N, C)
+        return self.to_code(layer_norm(x[:, -self.num_tokens:]))    # (B, N, C)
 
 
 class Quantized(NamedTuple):
@@ -315,24 +316,24 @@ class Quantizer(nn.Module):
     """Nearest codebook row on the unit sphere (Sec. 4, App. I). Always in float32: in bf16, 6 % of
     the released tokenizer's tokens come out as others."""
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config):
         super().__init__()
         self.commitment = config.commitment
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
 
-    def forward(self, z: Tensor) -> Quantized:
+    def forward(self, z):
         """z: (B, N, C), of any length."""
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=-1)                               # (B, N, C)
-            rows = F.normalize(self.codebook, dim=-1)                        # (V, C)
+            z = F.normalize(z.float(), dim=-1)                      # (B, N, C)
+            rows = F.normalize(self.codebook, dim=-1)               # (V, C)
             # Of unit vectors, the nearest is the one of the largest product.
-            tokens = (z.detach() @ rows.detach().T).argmax(-1)               # (B, N)
-            nearest = rows[tokens]                                           # (B, N, C)
+            tokens = (z.detach() @ rows.detach().T).argmax(-1)      # (B, N)
+            nearest = rows[tokens]                                  # (B, N, C)
             loss = (nearest - z.detach()).pow(2)
             loss = loss + self.commitment * (nearest.detach() - z).pow(2)
             return Quantized(tokens, z + (nearest - z).detach(), loss.mean(-1))
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup(self, tokens):
         """Unit rows (B, n, C) of tokens (B, n)."""
         return F.normalize(self.codebook[tokens], dim=-1)
 
@@ -343,7 +344,7 @@ class CausalDecoder(nn.Module):
     """Vectors (B, n, C) -> condition tokens c_1 ... c_n (B, n, D) for any n <= N; causal. Sec. 4.
     """
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config):
         super().__init__()
         width = config.decoder_width
         self.from_code = nn.Linear(config.code_dim, width, bias=False)
@@ -351,22 +352,22 @@ class CausalDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, config.head_dim) for _ in range(config.decoder_depth))
 
-    def forward(self, vectors: Tensor) -> Tensor:
-        x = self.from_code(vectors) + self.positions[:vectors.shape[1]]      # (B, n, D)
+    def forward(self, vectors):
+        x = self.from_code(vectors) + self.positions[:vectors.shape[1]]  # (B, n, D)
         for block in self.blocks:  # all causal
             x = block(x, None, num_full=0)
         return layer_norm(x)
 
 
-def sinusoid(t: Tensor, width: int) -> Tensor:
+def sinusoid(t, width):
     """Features (B, width) of flow times t (B,): cosines, then sines, of 1000 t."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-    angles = 1000 * t[:, None].float() * frequencies                         # (B, width / 2)
+    angles = 1000 * t[:, None].float() * frequencies                # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
@@ -374,7 +375,7 @@ class DiffusionBlock(nn.Module):
     """DiT block. Time and tokens enter only through shift, scale and gate (adaLN-zero), which
     differ from patch to patch because each patch fetches its own condition. Sec. 4."""
 
-    def __init__(self, width: int, head_dim: int):
+    def __init__(self, width, head_dim):
         super().__init__()
         self.cond_mlp = mlp(width, width)
         self.cross_attention = Attention(width, head_dim)
@@ -383,12 +384,12 @@ class DiffusionBlock(nn.Module):
         self.attention = Attention(width, head_dim)
         self.mlp = mlp(width, 4 * width)
 
-    def forward(self, x: Tensor, t_emb: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x, t_emb, cond, rope):
         """x: (B, L, D) patches. t_emb: (B or 1, D) sinusoid. cond: (B, N/K, D). rope: (2, L, d/2).
         """
-        context = layer_norm(self.cond_mlp(cond))                            # (B, N/K, D)
-        cond_per_patch = self.cross_attention.cross(layer_norm(x), context, rope)    # (B, L, D)
-        c = F.silu(self.time_mlp(t_emb)[:, None] + cond_per_patch)           # (B, L, D)
+        context = layer_norm(self.cond_mlp(cond))                   # (B, N/K, D)
+        cond_per_patch = self.cross_attention.cross(layer_norm(x), context, rope)  # (B, L, D)
+        c = F.silu(self.time_mlp(t_emb)[:, None] + cond_per_patch)  # (B, L, D)
         # In float32, so that x stays float32 under autocast too.
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).float().chunk(6, -1)
         y = modulate(layer_norm(x), shift1, scale1)
@@ -404,7 +405,7 @@ class DiffusionOutput(NamedTuple):
 class DiffusionDecoder(nn.Module):
     """Velocity v(x_t, t, c) on pixels, conditioned on one group of tokens. Sec. 3.1 and 4."""
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config):
         super().__init__()
         width = config.diffusion_width
         self.patch = config.diffusion_patch
@@ -416,29 +417,29 @@ class DiffusionDecoder(nn.Module):
             DiffusionBlock(width, config.head_dim) for _ in range(config.diffusion_depth))
         self.to_pixels = nn.Linear(width, 3 * self.patch ** 2)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> DiffusionOutput:
+    def forward(self, x, t, cond):
         """x: (B, 3, H, W) images x_t. t: (B,), or (1,) for all. cond: (B, N/K, D), one group."""
-        x, grid = to_patches(x, self.patch)                                  # (B, L, 3 p p)
-        x = self.from_pixels(x).float()                                      # (B, L, D)
-        cond = layer_norm(self.from_cond(cond))                              # (B, N/K, D)
-        t_emb = sinusoid(t, x.shape[2])                                      # (B or 1, D)
-        rope = rope_2d(*grid, self.head_dim, x.device)                       # (2, L, d/2)
+        x, grid = to_patches(x, self.patch)                         # (B, L, 3 p p)
+        x = self.from_pixels(x).float()                             # (B, L, D)
+        cond = layer_norm(self.from_cond(cond))                     # (B, N/K, D)
+        t_emb = sinusoid(t, x.shape[2])                             # (B or 1, D)
+        rope = rope_2d(grid_positions(*grid, x.device), self.head_dim)  # (2, L, d/2)
         tapped = x
         for depth, block in enumerate(self.blocks, 1):
             x = block(x, t_emb, cond, rope)
             if depth == self.repa_depth:
                 tapped = x
         with torch.autocast(x.device.type, enabled=False):
-            v = self.to_pixels(layer_norm(x))                                # (B, L, 3 p p)
-        v = v.transpose(1, 2).unflatten(2, grid)                             # (B, 3 p p, H/p, W/p)
-        tapped = tapped.transpose(1, 2).unflatten(2, grid)                   # (B, D, H/p, W/p)
+            v = self.to_pixels(layer_norm(x))                       # (B, L, 3 p p)
+        v = v.transpose(1, 2).unflatten(2, grid)                    # (B, 3 p p, H/p, W/p)
+        tapped = tapped.transpose(1, 2).unflatten(2, grid)          # (B, D, H/p, W/p)
         return DiffusionOutput(F.pixel_shuffle(v, self.patch), tapped)
 
 
 class RepaHead(nn.Module):
     """Predicts DINOv2 patch features from diffusion patches, in training only. Sec. 4."""
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config):
         super().__init__()
         hidden = config.repa_hidden
         self.layers = nn.Sequential(
@@ -446,7 +447,7 @@ class RepaHead(nn.Module):
             nn.Linear(hidden, hidden), nn.SiLU(),
             nn.Linear(hidden, config.repa_dim))
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches):
         """patches: (B, D, H/p, W/p) -> features (B, H/2p * W/2p, repa_dim)."""
         return self.layers(F.avg_pool2d(patches, 2).flatten(2).transpose(1, 2))
 
@@ -466,7 +467,7 @@ class Tokenizer(nn.Module):
     """The whole sequential diffusion tokenizer (Sec. 3.1): its training rule, `forward`; `encode`,
     and `decode` at once or, while tokens come in, by `stream`."""
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -492,55 +493,66 @@ class Tokenizer(nn.Module):
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.diffusion.to_pixels.weight)
 
-    def forward(self, images: Tensor, u: Tensor, noise: Tensor) -> TrainOutput:
+    def forward(self, images, u, noise):
         """The training rule (Sec. 4). images: (B, 3, H, W) in [-1, 1]. u: (B,) uniform in [0, 1).
         noise: (B, 3, H, W) standard normal."""
         config = self.config
-        t = shift_time(u, config.beta)                                       # (B,)
-        group = group_of(u, config.num_groups).long()                        # (B,)
-        z = self.encoder(images)                                             # (B, N, C)
+        t = shift_time(u, config.beta)                              # (B,)
+        group = group_of(u, config.num_groups).long()               # (B,)
+        z = self.encoder(images)                                    # (B, N, C)
         quantized = self.quantizer(z)
-        cond = self.decoder(quantized.vectors)                               # (B, N, D)
-        cond = cond.unflatten(1, (config.num_groups, -1))                    # (B, K, N/K, D)
-        cond = cond[torch.arange(len(u), device=u.device), group]            # (B, N/K, D)
+        cond = self.decoder(quantized.vectors)                      # (B, N, D)
+        cond = cond.unflatten(1, (config.num_groups, -1))           # (B, K, N/K, D)
+        cond = cond[torch.arange(len(u), device=u.device), group]   # (B, N/K, D)
 
         x1 = config.sigma * images
-        xt = interpolate(x1, noise, t)                                       # (B, 3, H, W)
+        xt = interpolate(x1, noise, t)                              # (B, 3, H, W)
         v, patches = self.diffusion(xt, t, cond)
         flow_loss = (v - (x1 - noise)).pow(2).mean() / config.sigma ** 2     # Eq. 2
 
         # Only tokens up to the end of the chosen group had a say in this image's velocity.
-        length = (group + 1) * config.group_size                             # (B,)
-        mask = torch.arange(config.num_tokens, device=u.device) < length[:, None]    # (B, N)
+        length = (group + 1) * config.group_size                    # (B,)
+        mask = torch.arange(config.num_tokens, device=u.device) < length[:, None]  # (B, N)
         vq_loss = (quantized.loss * mask).sum() / mask.sum()
         repa = self.repa_head(patches) if self.repa_head is not None else None
         predicted = predict_image(xt, v, t) / config.sigma
         return TrainOutput(flow_loss, vq_loss, predicted, repa, quantized.tokens, z.detach())
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images):
         """Tokens (B, N) int64 of images (B, 3, H, W) in [-1, 1]. Eq. 1."""
         with torch.no_grad():
             return self.quantizer(self.encoder(images)).tokens
 
-    def condition(self, tokens: Tensor) -> Tensor:
+    def condition(self, tokens):
         """Condition tokens (B, n, D) of the first n tokens (B, n), n <= N."""
         return self.decoder(self.quantizer.lookup(tokens))
 
-    def velocity(self, x: Tensor, step: Step, cond: Tensor) -> Tensor:
+    def velocity(self, x, step, cond):
         """Velocity (B, 3, H, W) at x (B, 3, H, W) in a step, from condition tokens (B, n, D) that
         reach at least to the end of the step's group."""
         first = step.group * self.config.group_size
-        cond_k = cond[:, first:first + self.config.group_size]               # (B, N/K, D)
+        cond_k = cond[:, first:first + self.config.group_size]      # (B, N/K, D)
         return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
-    def new_noise(self, batch: int) -> Tensor:
+    def new_noise(self, batch):
         """Standard normal noise x0 (B, 3, H, W)."""
         size = self.config.image_size
         return torch.randn(batch, 3, size, size, device=self.quantizer.codebook.device)
 
+    def denoise(self, x, schedule, conds, solver):
+        """Runs the steps of a schedule from noise x (B, 3, H, W); yields after each the next x and
+        the preview, both times sigma. conds: an iterable of condition tokens, one for each step."""
+        assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
+        v_before = None
+        for step, cond in zip(schedule, conds):
+            v = self.velocity(x, step, cond)
+            preview = predict_image(x, v, x.new_full((1,), step.t))
+            x = solver_step(x, v, v_before, step, solver)
+            v_before = v
+            yield x, preview
+
     @torch.no_grad()
-    def decode(self, tokens: Tensor, noise: Tensor | None = None, steps: int | None = None,
-               solver: str = "adams2", groups: int | None = None) -> Tensor:
+    def decode(self, tokens, noise=None, steps=None, solver="adams2", groups=None):
         """Images (B, 3, H, W), in [-1, 1] up to overshoot, of tokens (B, n) int64. Sec. 4.
 
         noise: (B, 3, H, W) starting point, standard normal; None draws one. steps: denoising steps,
@@ -548,45 +560,34 @@ class Tokenizer(nn.Module):
         groups, whose last step jumps to t = 1; default K. n must reach to the end of these groups.
         """
         config = self.config
-        steps = config.num_groups if steps is None else steps
-        groups = config.num_groups if groups is None else groups
+        steps = steps or config.num_groups
+        groups = groups or config.num_groups
         length = groups * config.group_size
-        assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
-        assert 1 <= groups <= config.num_groups, f"groups must be in 1 ... {config.num_groups}"
-        assert tokens.shape[1] >= length, f"{groups} groups need {length} tokens"
+        assert length <= tokens.shape[1] <= config.num_tokens, f"{groups} groups: {length} tokens"
+        schedule = sampling_schedule(steps, config.num_groups, config.beta, groups)
         x = self.new_noise(len(tokens)) if noise is None else noise
-        v_before = None
-        cond = self.condition(tokens[:, :length])                            # (B, n, D)
-        for step in sampling_schedule(steps, config.num_groups, config.beta, groups):
-            v = self.velocity(x, step, cond)
-            x = solver_step(x, v, v_before, step, solver)
-            v_before = v
+        cond = self.condition(tokens[:, :length])                   # (B, n, D)
+        for x, _ in self.denoise(x, schedule, itertools.repeat(cond), solver):
+            pass
         return x / config.sigma
 
     @torch.no_grad()
-    def stream(self, token_groups: Iterable[Tensor], noise: Tensor | None = None,
-               solver: str = "adams2", groups: int | None = None) -> Iterator[Tensor]:
+    def stream(self, token_groups, noise, solver="adams2", groups=None):
         """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
         (B, 3, H, W), the estimate of the image. The last one, after all K groups or the first
         `groups`, is the image that `decode` with steps = K gives. A preview costs no call of the
         diffusion decoder. noise, solver: as in `decode`. Sec. 3.3.
         """
         config = self.config
-        groups = config.num_groups if groups is None else groups
-        assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
-        schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta, groups)
-        x = noise
-        v_before = None
-        tokens = []
-        for step, group in zip(schedule, token_groups):
-            assert group.shape[1] == config.group_size, f"a group is {config.group_size} tokens"
-            tokens.append(group)
-            if x is None:
-                x = self.new_noise(len(group))
-            cond = self.condition(torch.cat(tokens, 1))                      # (B, n, D)
-            v = self.velocity(x, step, cond)
-            preview = predict_image(x, v, x.new_full((1,), step.t))
-            x = solver_step(x, v, v_before, step, solver)
-            v_before = v
+        schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta,
+                                     groups or config.num_groups)
+
+        def conds():
+            tokens = []
+            for group in token_groups:
+                tokens.append(group)
+                yield self.condition(torch.cat(tokens, 1))          # (B, n, D)
+
+        for k, (x, preview) in enumerate(self.denoise(noise, schedule, conds(), solver), 1):
             # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
-            yield (x if step is schedule[-1] else preview) / config.sigma
+            yield (x if k == len(schedule) else preview) / config.sigma

@@ -25,13 +25,13 @@ import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import cycle, islice
-from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from fid import FORMATS, Mistake, find_images
 from model_ar import AR, ARConfig, decode_one_token
@@ -71,6 +71,7 @@ class SampleConfig:
 
 # ---- From labels to images -----------------------------------------------------------------------
 
+@dataclass
 class Pipeline:
     """Both models and the settings of a run: from numbers of images to images (B, 3, H, W) in
     [-1, 1]. What image i becomes depends on (seed, i) and its label, labels[i].
@@ -79,69 +80,68 @@ class Pipeline:
     runs under bf16 autocast with compiled blocks.
     """
 
-    def __init__(self, config: SampleConfig, ar: AR | None, tokenizer: Tokenizer,
-                 cfg: tuple[float, float] | None, labels: list[int], batch: int, device):
-        self.config = config
-        self.ar = ar
-        self.tokenizer = tokenizer
-        self.cfg = cfg
-        self.labels = labels
-        self.batch = batch
-        self.device = device
+    config: SampleConfig
+    ar: AR | None
+    tokenizer: Tokenizer
+    cfg: tuple | None   # guidance at the first and at the last token
+    labels: list        # of all images
+    batch: int
+    device: torch.device
+
+    def __post_init__(self):
+        settings, tokens = self.tokenizer.config, self.config.tokens
+        self.groups = tokens // settings.group_size or settings.num_groups
+        if tokens % settings.group_size or tokens > settings.num_tokens:
+            raise Mistake(f"--tokens must be a multiple of {settings.group_size}, and at most "
+                          f"{settings.num_tokens}")
         self.decode_one_token = decode_one_token
-        num_tokens = config.tokens or tokenizer.config.num_tokens
-        self.groups = num_tokens // tokenizer.config.group_size
-        if num_tokens % tokenizer.config.group_size or self.groups > tokenizer.config.num_groups:
-            raise Mistake(f"--tokens must be a multiple of {tokenizer.config.group_size}, up to "
-                          f"{tokenizer.config.num_tokens}, got {num_tokens}")
-        if ar is not None:
-            if device.type == "cuda":
-                ar.bfloat16()
-            self.cache = ar.new_cache(batch if cfg is None else 2 * batch)
-        if config.compile and device.type == "cuda":
+        if self.ar is not None:
+            self.ar.to(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+            self.cache = self.ar.new_cache(self.batch if self.cfg is None else 2 * self.batch)
+        if self.config.compile and self.device.type == "cuda":
             self.decode_one_token = torch.compile(
                 decode_one_token, mode="reduce-overhead", fullgraph=True, dynamic=False)
-            for block in tokenizer.diffusion.blocks:
+            for block in self.tokenizer.diffusion.blocks:
                 block.compile(dynamic=False)
 
-    def noise(self, numbers: list[int]) -> Tensor:
+    def noise(self, numbers):
         """The starting points (B, 3, H, W) of images."""
         size = self.tokenizer.config.image_size
         return noise_of(self.config.seed, "start", numbers, (3, size, size), self.device)
 
-    def token_groups(self, numbers: list[int], prefix: Tensor | None = None) -> Iterator[Tensor]:
-        """Tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
+    def token_groups(self, numbers, prefix=None):
+        """Yields tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
         config = self.config
-        uniforms = torch.stack([
-            torch.rand(self.ar.config.num_tokens, generator=seeded(config.seed, "tokens", i))
-            for i in numbers])                                               # (B, N)
+        generators = [seeded(config.seed, "tokens", i) for i in numbers]
+        uniforms = [torch.rand(self.ar.config.num_tokens, generator=g) for g in generators]
         labels = torch.tensor([self.labels[i] for i in numbers], device=self.device)
         groups = self.ar.stream(
             labels, self.cfg, prefix, config.temperature, config.top_k, config.top_p,
-            uniforms.to(self.device), self.tokenizer.config.group_size, self.cache,
+            torch.stack(uniforms).to(self.device), self.tokenizer.config.group_size, self.cache,
             self.decode_one_token)
         return islice(groups, self.groups)
 
-    def decode(self, numbers: list[int], tokens: Tensor) -> Tensor:
+    def decode(self, numbers, tokens):
         """Images of tokens (B, n)."""
+        config = self.config
         with autocast(self.device):
-            return self.tokenizer.decode(tokens, self.noise(numbers), self.config.steps or None,
-                                         self.config.solver, self.groups)
+            return self.tokenizer.decode(
+                tokens, self.noise(numbers), config.steps, config.solver, self.groups)
 
-    def images(self, numbers: Iterable[int], prefix: Tensor | None = None) -> Tensor:
+    def images(self, numbers, prefix=None):
         """Images of up to a batch of numbers, after one prefix (n,) for all. All batches have one
         shape: the last number is repeated."""
         numbers = [*numbers]
         padded = numbers + [numbers[-1]] * (self.batch - len(numbers))
         if prefix is not None:
             prefix = prefix.expand(self.batch, -1)
-        tokens = torch.cat([*self.token_groups(padded, prefix)], 1)          # (B, n)
+        tokens = torch.cat([*self.token_groups(padded, prefix)], 1)  # (B, n)
         return self.decode(padded, tokens)[:len(numbers)]
 
-    def previews(self, numbers: list[int]) -> Iterator[Tensor]:
-        """Images after each group of tokens of a whole batch, as soon as they are drawn."""
-        previews = self.tokenizer.stream(self.token_groups(numbers), self.noise(numbers),
-                                         self.config.solver, self.groups)
+    def previews(self, numbers):
+        """Yields images after each group of tokens of a whole batch, as soon as they are drawn."""
+        previews = self.tokenizer.stream(
+            self.token_groups(numbers), self.noise(numbers), self.config.solver, self.groups)
         for _ in range(self.groups):
             with autocast(self.device):  # left before the preview is handed over
                 preview = next(previews)
@@ -150,15 +150,14 @@ class Pipeline:
 
 # ---- The modes -----------------------------------------------------------------------------------
 
-def draw_grid(pipeline: Pipeline, columns: int):
+def draw_grid(pipeline, columns):
     """A picture of samples."""
-    numbers = range(len(pipeline.labels))
-    images = [pipeline.images(numbers[i:i + pipeline.batch])
-              for i in range(0, len(numbers), pipeline.batch)]
-    save_picture(pipeline.config.out, image_grid(torch.cat(images), columns))
+    numbers = torch.arange(len(pipeline.labels)).split(pipeline.batch)
+    images = torch.cat([pipeline.images(part.tolist()) for part in numbers])
+    save_picture(pipeline.config.out, image_grid(images, columns))
 
 
-def draw_stream(pipeline: Pipeline):
+def draw_stream(pipeline):
     """Each preview as it comes; then a picture of all (rows: samples, columns: previews), an
     animation, and the last preview as --out."""
     stem = os.path.splitext(pipeline.config.out)[0]
@@ -168,31 +167,27 @@ def draw_stream(pipeline: Pipeline):
         previews.append(images)
         frames.append(image_grid(images, min(10, pipeline.batch)))
         save_picture(f"{stem}_{len(frames) * group_size:03d}.png", frames[-1])
-    steps = torch.stack(previews, 1).flatten(0, 1)                           # (B K, 3, H, W)
+    steps = torch.stack(previews, 1).flatten(0, 1)                  # (B K, 3, H, W)
     save_picture(f"{stem}_steps.png", image_grid(steps, len(previews)))
-    save_picture(f"{stem}.gif", frames[0], save_all=True, append_images=frames[1:], loop=0,
-                 duration=[400] * (len(frames) - 1) + [1600])
+    save_picture(f"{stem}.gif", frames[0], save_all=True, append_images=frames[1:], duration=400)
     save_picture(pipeline.config.out, frames[-1])
 
 
-def draw_layouts(pipeline: Pipeline):
+def draw_layouts(pipeline):
     """Layout control: the first tokens of the image `--prefix`, in the first column, are kept, a
     number of them for each row; the others are drawn, for one label a column."""
     config, tokenizer = pipeline.config, pipeline.tokenizer
     photo = to_tensor(center_crop(read_image(config.prefix), tokenizer.config.image_size))
-    photo = photo[None].to(pipeline.device)                                  # (1, 3, H, W)
-    tokens = tokenizer.encode(photo)[0]                                      # (N,)
-    kept = [len(tokens) // 8, len(tokens) // 4, len(tokens) // 2]
-    if config.keep:
-        kept = [int(n) for n in config.keep.split(",")]
+    photo = photo[None].to(pipeline.device)                         # (1, 3, H, W)
+    tokens = tokenizer.encode(photo)[0]                             # (N,)
+    kept = config.keep or f"{len(tokens) // 8},{len(tokens) // 4},{len(tokens) // 2}"
     rows = []
-    for n in kept:
-        rows += [photo, pipeline.images(range(pipeline.batch), tokens[:n])]
+    for n in kept.split(","):
+        rows += [photo, pipeline.images(range(pipeline.batch), tokens[:int(n)])]
     save_picture(config.out, image_grid(torch.cat(rows), 1 + pipeline.batch))
-    print(f"rows keep {kept} of {len(tokens)} tokens; the first column is the reference")
 
 
-def draw_many(pipeline: Pipeline, folder: str):
+def draw_many(pipeline, folder):
     """`--npz`: all images in one file."""
     paths = shards(folder, len(pipeline.labels), pipeline.batch,
                    lambda numbers: to_uint8(pipeline.images(numbers)))
@@ -201,26 +196,25 @@ def draw_many(pipeline: Pipeline, folder: str):
         shutil.rmtree(folder)
 
 
-def reconstruct(pipeline: Pipeline, files: list[str], folder: str):
+def reconstruct(pipeline, files, folder):
     """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
-    config, tokenizer = pipeline.config, pipeline.tokenizer
-
-    def make(numbers: range) -> np.ndarray:
-        photos = [read_image(os.path.join(config.reconstruct, files[i])) for i in numbers]
-        photos = [to_tensor(center_crop(photo, tokenizer.config.image_size)) for photo in photos]
-        images = torch.stack(photos).to(pipeline.device)                     # (n, 3, H, W)
-        decoded = pipeline.decode([*numbers], tokenizer.encode(images))
-        return np.stack([to_uint8(images), to_uint8(decoded)])
+    def make(numbers):
+        photos = [read_image(files[i]) for i in numbers]
+        size = pipeline.tokenizer.config.image_size
+        images = torch.stack([to_tensor(center_crop(photo, size)) for photo in photos])
+        images = images.to(pipeline.device)                         # (n, 3, H, W)
+        decoded = pipeline.decode(numbers, pipeline.tokenizer.encode(images))
+        return np.stack([to_uint8(images), to_uint8(decoded)])      # (2, n, H, W, 3)
 
     paths = shards(folder, len(files), pipeline.batch, make)
     if rank() > 0:
         return
-    pairs = [np.load(path, mmap_mode="r") for path in paths]                 # (2, n, H, W, 3) each
-    stem = os.path.splitext(config.out)[0]
+    pairs = [np.load(path, mmap_mode="r") for path in paths]
+    stem = os.path.splitext(pipeline.config.out)[0]
     write_npz(f"{stem}_originals.npz", [originals for originals, _ in pairs])
     write_npz(f"{stem}_reconstructions.npz", [decoded for _, decoded in pairs])
     shown = from_uint8(pairs[0][:, :20]).transpose(0, 1).flatten(0, 1)
-    save_picture(config.out, image_grid(shown, min(10, len(shown))))
+    save_picture(pipeline.config.out, image_grid(shown, min(10, len(shown))))
     decibels = [len(a) * psnr(from_uint8(b), from_uint8(a)) for a, b in pairs]
     print(f"PSNR {sum(decibels) / len(files):.2f} dB over {len(files):,} images")
     shutil.rmtree(folder)
@@ -228,8 +222,9 @@ def reconstruct(pipeline: Pipeline, files: list[str], folder: str):
 
 # ---- The program ---------------------------------------------------------------------------------
 
-def parse_cfg(text: str) -> tuple[float, float] | None:
-    """Guidance: "1.1:10" runs linearly over the tokens, "4" is constant, "none" is off."""
+def parse_cfg(text):
+    """Guidance (start, end): "1.1:10" runs linearly over the tokens, "4" is constant, "none" is
+    off."""
     start, _, end = text.partition(":")
     try:
         return None if text == "none" else (float(start), float(end or start))
@@ -237,47 +232,42 @@ def parse_cfg(text: str) -> tuple[float, float] | None:
         raise Mistake(f"--cfg must be START:END, one number, or none, got {text!r}") from None
 
 
-def parse_labels(text: str, classes: list[str]) -> list[int]:
+def parse_labels(text, classes):
     """Class numbers of "207,360" or of class names; "" is all classes."""
     labels = []
     for part in text.split(",") if text else ():
-        if part in classes:
-            labels.append(classes.index(part))
-        elif part.isdecimal() and int(part) < len(classes):
-            labels.append(int(part))
-        else:
+        if part not in classes and not (part.isdecimal() and int(part) < len(classes)):
             raise Mistake(f"--labels: no class {part!r}; give numbers below {len(classes)} or "
                           f"names such as {', '.join(classes[:10])}")
+        labels.append(classes.index(part) if part in classes else int(part))
     return labels or [*range(len(classes))]
 
 
-def check_flags(config: SampleConfig):
-    """Raises a Mistake for flags that do not go together, and for files in the way."""
-    if sum(map(bool, (config.stream, config.prefix, config.reconstruct, config.npz))) > 1:
-        raise Mistake("--stream, --prefix, --reconstruct and --npz exclude one another")
-    if config.solver not in SOLVERS:
-        raise Mistake(f"--solver must be one of {', '.join(SOLVERS)}, got {config.solver!r}")
-    if not config.out.lower().endswith((".png", ".jpg", ".webp")):
-        raise Mistake(f"--out must end in .png, .jpg or .webp, got {config.out!r}")
-    if config.npz and os.path.exists(config.npz):
-        raise Mistake(f"{config.npz} is there already; give another name")
-
-
-def labels_of(config: SampleConfig, classes: list[str]) -> list[int]:
-    """The label of each image to draw: in turn; for `--npz` in another order in each turn."""
+def labels_of(config, classes):
+    """The label of each image to draw: in turn; for `--npz`, these are shuffled."""
     labels = parse_labels(config.labels, classes)
     single = config.stream or config.prefix
     if single and not config.labels:
         labels = labels[:10]
     count = config.num_images or (len(labels) if single else 100)
+    labels = [*islice(cycle(labels), count)]
     if config.npz:
-        turns = range(math.ceil(count / len(labels)))
-        orders = [np.random.default_rng(seed_of(config.seed, "labels", turn)) for turn in turns]
-        labels = [label for rng in orders for label in rng.permutation(labels).tolist()]
-    return [*islice(cycle(labels), count)]
+        np.random.default_rng(seed_of(config.seed, "labels")).shuffle(labels)
+    return labels
 
 
-def main(argv: list[str] | None = None):
+def check_flags(config):
+    """Raises a Mistake for flags that do not go together, and for files in the way."""
+    if sum(map(bool, (config.stream, config.prefix, config.reconstruct, config.npz))) > 1:
+        raise Mistake("--stream, --prefix, --reconstruct and --npz exclude one another")
+    if config.solver not in SOLVERS or not config.out.lower().endswith((".png", ".jpg", ".webp")):
+        raise Mistake(f"--solver must be one of {', '.join(SOLVERS)}, and --out end in .png, .jpg "
+                      "or .webp")
+    if os.path.exists(config.npz):
+        raise Mistake(f"{config.npz} is there already; give another name")
+
+
+def main(argv=None):
     # Settings and processes
     (config,) = parse({"": (SampleConfig(),)}, argv, __doc__)
     check_flags(config)
@@ -289,27 +279,26 @@ def main(argv: list[str] | None = None):
     tokenizer = load_tokenizer(config.tokenizer or config.ckpt, device)
     ar, cfg, labels, files = None, None, [], []
     if config.reconstruct:
-        files = find_images(config.reconstruct, quiet=rank() > 0)
-        count = min(config.num_images or len(files), len(files))
-        files = [files[i * len(files) // count] for i in range(count)]  # spread over all
+        names = find_images(config.reconstruct, quiet=rank() > 0)
+        names = [names[i] for i in spread(config.num_images or len(names), len(names))]
+        files = [os.path.join(config.reconstruct, name) for name in names]
     else:
-        num_tokens = tokenizer.config.num_tokens
         saved = load_checkpoint(config.ckpt, "ar")
         labels = labels_of(config, saved["classes"])
         guidance = config.cfg or "{cfg_start}:{cfg_end}".format(**saved["settings"])
         cfg = parse_cfg(guidance)
         print0(f"guidance {guidance}" + " as trained" * (not config.cfg))
-        ar = load_ar(config.ckpt, device, num_tokens)
+        ar = load_ar(config.ckpt, device, tokenizer.config.num_tokens)
         if (ar.config.vocab_size, ar.config.num_tokens) != (tokenizer.config.codebook_size,
-                                                            num_tokens):
+                                                            tokenizer.config.num_tokens):
             raise Mistake(f"{config.ckpt} predicts the tokens of another tokenizer")
-    count = len(labels or files)
-    batch = count if config.stream or config.prefix else min(count, config.batch)
-    pipeline = Pipeline(config, ar, tokenizer, cfg, labels, batch, device)
 
     # Images
-    things = [asdict(config), labels, files, device.type, tokenizer]
-    folder = f"{config.npz or config.out}.{digest(*things, *([ar] if ar else []))}"
+    count = len(labels or files)
+    batch = count if config.stream or config.prefix else min(count, config.batch)
+    name = digest(asdict(config), labels, files, device.type, tokenizer, *filter(None, [ar]))
+    folder = f"{config.npz or config.out}.{name}"  # of unfinished work
+    pipeline = Pipeline(config, ar, tokenizer, cfg, labels, batch, device)
     if config.stream:
         draw_stream(pipeline)
     elif config.prefix:
@@ -328,7 +317,7 @@ def main(argv: list[str] | None = None):
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-def run(main: Callable):
+def run(main):
     """Calls a script's main; a mistake ends it with one line."""
     try:
         main()
@@ -356,7 +345,7 @@ def check(config):
                 raise Mistake(f"{flag} must be below 1, got {value}")
 
 
-def parse(presets: dict[str, tuple], argv: list[str] | None, text: str) -> list:
+def parse(presets, argv, text):
     """The dataclasses of the preset that --preset names (if there are several), with the flags that
     were given, one a field. text: what --help says. A mistake ends the program, as in argparse."""
     parser = argparse.ArgumentParser(
@@ -388,7 +377,7 @@ def parse(presets: dict[str, tuple], argv: list[str] | None, text: str) -> list:
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def write(path: str, save: Callable):
+def write(path, save):
     """Calls save(file) on a temporary file, then renames it to `path`, which thus is always whole.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -399,7 +388,7 @@ def write(path: str, save: Callable):
     os.replace(path + ".tmp", path)
 
 
-def shards(folder: str, count: int, size: int, make: Callable) -> list[str]:
+def shards(folder, count, size, make):
     """Paths of files that hold make(numbers) of each `size` of `count` numbers. Processes share the
     work, and what is there is not made again: a run that was killed goes on. The folder's name
     should hold a `digest` of all that `make` depends on."""
@@ -416,7 +405,7 @@ def shards(folder: str, count: int, size: int, make: Callable) -> list[str]:
     return paths
 
 
-def write_npz(path: str, parts: list[np.ndarray]):
+def write_npz(path, parts):
     """Writes uint8 arrays as one array arr_0, a part at a time."""
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
 
@@ -432,7 +421,7 @@ def write_npz(path: str, parts: list[np.ndarray]):
     print(path)
 
 
-def save_picture(path: str, image: Image.Image, **options):
+def save_picture(path, image, **options):
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     image.save(path, **options)
     print(path, flush=True)
@@ -440,7 +429,7 @@ def save_picture(path: str, image: Image.Image, **options):
 
 # ---- Pixels --------------------------------------------------------------------------------------
 
-def read_image(path: str, draft_size: int = 0) -> Image.Image:
+def read_image(path, draft_size=0):
     """The image in a file in 8-bit RGB. With a draft_size, a JPEG more than twice as large is
     decoded at a fraction. EXIF turns are ignored, as is custom on ImageNet. Raises Mistake."""
     try:
@@ -453,7 +442,7 @@ def read_image(path: str, draft_size: int = 0) -> Image.Image:
         raise Mistake(f"{path} cannot be read as an image ({reason})") from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image):
     """8-bit RGB of an image of any mode; 16-bit ones are scaled, not cut."""
     if image.mode.startswith("I"):
         pixels = np.array(image) / 256
@@ -461,30 +450,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image):
     """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
-    pixels = np.array(to_rgb(image), dtype=np.float32)                       # (H, W, 3)
+    pixels = np.array(to_rgb(image), dtype=np.float32)              # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
+def to_uint8(images):
     """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1], rounded as ADM's samples are."""
     pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def from_uint8(pixels: np.ndarray) -> Tensor:
+def from_uint8(pixels):
     """(..., 3, H, W) float32 in [-1, 1] of pixels (..., H, W, 3) uint8."""
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3) / 127.5 - 1
 
 
-def psnr(decoded: Tensor, images: Tensor) -> float:
+def spread(count, total):
+    """`count` of `total` numbers, from all over the list; all where it is shorter."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
+def psnr(decoded, images):
     """Mean peak signal-to-noise ratio in dB of decoded images (B, 3, H, W) in [-1, 1], clipped."""
     error = (decoded.clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4       # pixels in [0, 1]
     return (-10 * error.log10()).mean().item()
 
 
-def resize_shorter(image: Image.Image, size: int) -> Image.Image:
+def resize_shorter(image, size):
     """Resizes so that the shorter side is `size` pixels, as ADM does: boxes, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -493,22 +488,22 @@ def resize_shorter(image: Image.Image, size: int) -> Image.Image:
     return image.resize(shape, Image.Resampling.BICUBIC)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
+def center_crop(image, size):
     """The centred square of size x size pixels, the shorter side resized to `size`. ADM's crop."""
     image = resize_shorter(to_rgb(image), size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def image_grid(images: Tensor, columns: int) -> Image.Image:
+def image_grid(images, columns):
     """One picture of images (B, 3, H, W) in rows of `columns`, 2 pixels apart on white; images
     narrower than 64 pixels are enlarged by a whole factor that keeps them within 64."""
     zoom = max(1, 64 // images.shape[-1])
-    pixels = to_uint8(images).repeat(zoom, 1).repeat(zoom, 2)                # (B, H, W, 3)
-    missing = -len(pixels) % columns
-    pixels = np.pad(pixels, ((0, missing), (0, 2), (0, 2), (0, 0)), constant_values=255)
-    height, width = pixels.shape[1:3]
-    grid = pixels.reshape(-1, columns, height, width, 3).swapaxes(1, 2)
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    missing = -len(images) % columns
+    images = F.pad(images, (0, 2, 0, 2, 0, 0, 0, missing), value=1.0)  # (B, 3, h, w)
+    height, width = images.shape[2:]
+    grid = to_uint8(images).reshape(-1, columns, height, width, 3).swapaxes(1, 2)
     return Image.fromarray(grid.reshape(-1, columns * width, 3)[:-2, :-2])
 
 
@@ -518,7 +513,7 @@ class ReleasedConfig:
     """Stands for the class config_util.Config of the authors' files; its plain dict is `_data`."""
 
 
-def load_checkpoint(path: str, kind: str) -> dict:
+def load_checkpoint(path, kind):
     """The dict in a checkpoint of kind "tokenizer" or "ar", ours or the authors' translated; of a
     tokenizer also that which one of kind "ar" carries. Nothing is unpickled but tensors, plain data
     and the authors' two classes of settings. Raises Mistake."""
@@ -541,24 +536,26 @@ def load_checkpoint(path: str, kind: str) -> dict:
     return saved
 
 
-def build(model_class, config, saved: dict, device) -> nn.Module:
+def build(model_class, config, saved, device):
     """The model in a checkpoint's dict, with averaged weights if there are any, in eval mode."""
     with torch.device("meta"):
         model = model_class(config)
     weights = saved.get("ema") or saved["model"]
-    weights = {name: value.to(device, torch.float32) for name, value in weights.items()}
+    weights = {name: value.to(device, torch.float32) for name, value in weights.items()
+               if not name.startswith("repa_head.")}
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
-def load_tokenizer(path: str, device="cpu") -> Tokenizer:
+def load_tokenizer(path, device="cpu"):
     """The tokenizer in a checkpoint of train_tokenizer.py or train_ar.py, or in one of the authors'
     files (D-AR-tokenizer_v1.pt). Raises Mistake."""
     saved = load_checkpoint(path, "tokenizer")
-    return build(Tokenizer, TokenizerConfig(**saved["config"]), saved, device)
+    config = TokenizerConfig(**{**saved["config"], "repa_depth": 0})
+    return build(Tokenizer, config, saved, device)
 
 
-def load_ar(path: str, device="cpu", num_tokens: int = 256) -> AR:
+def load_ar(path, device="cpu", num_tokens=256):
     """The model in a checkpoint of train_ar.py, or in one of the authors' files (D-AR-L-360K.pt,
     D-AR-XL-360K.pt, bare state dicts), which do not tell `num_tokens`. Raises Mistake."""
     saved = load_checkpoint(path, "ar")
@@ -566,19 +563,19 @@ def load_ar(path: str, device="cpu", num_tokens: int = 256) -> AR:
     return build(AR, config, saved, device)
 
 
-def pack(kind: str, model: nn.Module) -> dict:
+def pack(kind, model):
     """What a checkpoint needs to rebuild a model."""
     return {"kind": kind, "config": asdict(model.config), "model": model.state_dict()}
 
 
-def digest(*things) -> str:
+def digest(*things):
     """Ten hex digits that stand for settings and models with their weights."""
     hasher = hashlib.sha256()
     for thing in things:
         if isinstance(thing, nn.Module):
             hasher.update(str(thing.config).encode())
             for value in thing.state_dict().values():
-                hasher.update(value.cpu().numpy())
+                hasher.update(value.cpu().float().numpy())
         else:
             hasher.update(str(thing).encode())
     return hasher.hexdigest()[:10]
@@ -626,7 +623,7 @@ RELEASED_SETTINGS = {  # a setting's name in the authors' tokenizer: our field
 }
 
 
-def translate(saved: dict) -> dict:
+def translate(saved):
     """One of the authors' files as a checkpoint of ours. The averaged weights (`ema`) come first."""
     weights = saved
     for key in ("state_dict", "module", "model", "ema"):
@@ -652,7 +649,7 @@ def translate(saved: dict) -> dict:
     return {"kind": "tokenizer", "config": config, "model": model}
 
 
-def translate_ar(weights: dict) -> dict:
+def translate_ar(weights):
     """The authors' weights of an autoregressive model, whose names are ours but for one, as a
     checkpoint of ours, without `num_tokens`; heads are 64 wide."""
     model = {name.replace(".embedding_table", ""): value for name, value in weights.items()}
@@ -669,25 +666,25 @@ def translate_ar(weights: dict) -> dict:
 
 # ---- Seeds and processes -------------------------------------------------------------------------
 
-def seed_of(*key) -> int:
+def seed_of(*key):
     """A seed that is a function of the key: the run's seed, what it is for, and which one."""
     text = " ".join(map(str, key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def seeded(*key, device="cpu") -> torch.Generator:
+def seeded(*key, device="cpu"):
     """A random generator that is a function of the key."""
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
-def noise_of(seed: int, purpose: str, numbers: Iterable[int], shape: tuple, device) -> Tensor:
+def noise_of(seed, purpose, numbers, shape, device):
     """Standard normal noise (n, *shape), row i a function of (seed, purpose, numbers[i])."""
     return torch.stack([
         torch.randn(shape, device=device, generator=seeded(seed, purpose, number, device=device))
         for number in numbers])
 
 
-def join_processes() -> torch.device:
+def join_processes():
     """The device of this process, which joins the others where torchrun started it."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -704,11 +701,11 @@ def leave_processes():
         dist.destroy_process_group()
 
 
-def rank() -> int:
+def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -718,13 +715,13 @@ def wait():
         dist.barrier()
 
 
-def print0(text: str):
+def print0(text):
     """Prints in the first process."""
     if rank() == 0:
         print(text, flush=True)
 
 
-def autocast(device: torch.device):
+def autocast(device):
     """bf16 on a GPU, float32 on a CPU, where bf16 is not faster."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 

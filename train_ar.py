@@ -16,17 +16,15 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from model_ar import AR, SIZES
-from model_tokenizer import Tokenizer
 from sample import (Mistake, autocast, center_crop, digest, image_grid, join_processes,
                     leave_processes, load_ar, load_checkpoint, load_tokenizer, pack, parse, print0,
-                    rank, resize_shorter, run, save_picture, seed_of, seeded, shards, to_tensor,
-                    world)
+                    rank, resize_shorter, run, save_picture, seed_of, seeded, shards, spread,
+                    to_tensor, world)
 from train_tokenizer import (Record, Shuffle, distribute, make_optimizer, mirror, open_data,
-                             passes_of, positions, read_any, set_lr, some_of, update_ema)
+                             passes_of, positions, read_any, set_lr, update_ema)
 
 
 @dataclass
@@ -91,7 +89,7 @@ SHARD = 4096  # images a file
 CORNERS_AND_CENTRE = ((0, 0), (2, 0), (0, 2), (2, 2), (1, 1))  # in halves of what is left over
 
 
-def crop_views(image: Image.Image, size: int, views: int, flip: bool) -> list[Image.Image]:
+def crop_views(image, size, views, flip):
     """The fixed crops of size x size pixels. 10: the corners and the centre after the shorter side
     is resized to 1.1 x size (281 for 256), and their mirrors. 2: the centre, mirrored. 1: the
     centre. Without `flip`, none is mirrored, and there are half as many."""
@@ -111,20 +109,20 @@ def crop_views(image: Image.Image, size: int, views: int, flip: bool) -> list[Im
 class Views(torch.utils.data.Dataset):
     """All fixed crops of the images: item i is (views, 3, H, W) and a label."""
 
-    def __init__(self, source, size: int, views: int, flip: bool):
+    def __init__(self, source, size, views, flip):
         self.source = source
         self.size = size
         self.views = views
         self.flip = flip
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, i):
         image, label = read_any(self.source, i)
         crops = crop_views(image, self.size, self.views, self.flip)
         return torch.stack([to_tensor(crop) for crop in crops]), label
 
 
 @torch.no_grad()
-def encode_all(tokenizer: Tokenizer, views: Views, numbers, workers: int) -> np.ndarray:
+def encode_all(tokenizer, views, numbers, workers):
     """Rows (n, 1 + views * N) uint16 of images by number: the label, then the tokens of all crops,
     made in float32."""
     device = tokenizer.quantizer.codebook.device
@@ -132,14 +130,14 @@ def encode_all(tokenizer: Tokenizer, views: Views, numbers, workers: int) -> np.
         views, max(1, 128 // views.views), sampler=numbers, num_workers=workers,
         pin_memory=device.type == "cuda")
     rows = []
-    for images, labels in loader:                                            # (n, views, 3, H, W)
+    for images, labels in loader:                                   # (n, views, 3, H, W)
         tokens = tokenizer.encode(images.flatten(0, 1).to(device, non_blocking=True))
-        tokens = tokens.cpu().view(len(labels), -1)                          # (n, views * N)
+        tokens = tokens.cpu().view(len(labels), -1)                 # (n, views * N)
         rows.append(torch.cat([labels[:, None], tokens], 1))
     return torch.cat(rows).numpy().astype(np.uint16)
 
 
-def read_codes(config: TrainConfig, tokenizer: Tokenizer, train) -> list[np.ndarray]:
+def read_codes(config, tokenizer, train):
     """Labels and tokens of all images as in `encode_all`, memory-mapped from files of `SHARD` rows,
     which the first call writes. The folder is named after the tokenizer and the images' names; other
     images under the same names need another --codes."""
@@ -150,27 +148,27 @@ def read_codes(config: TrainConfig, tokenizer: Tokenizer, train) -> list[np.ndar
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
-def read_batch(codes: list[np.ndarray], shuffle: Shuffle, places: range, num_tokens: int):
+def read_batch(codes, shuffle, places, num_tokens):
     """Labels (n,) and tokens (n, N) int64 of what stands at some positions, a random view each."""
     numbers = [shuffle[place] for place in places]
-    rows = np.stack([codes[i // SHARD][i % SHARD] for i in numbers])         # (n, 1 + views * N)
+    rows = np.stack([codes[i // SHARD][i % SHARD] for i in numbers])  # (n, 1 + views * N)
     rows = torch.from_numpy(rows.astype(np.int64))
-    tokens = rows[:, 1:].unflatten(1, (-1, num_tokens))                      # (n, views, N)
+    tokens = rows[:, 1:].unflatten(1, (-1, num_tokens))             # (n, views, N)
     view = [seed_of(shuffle.seed, "view", place) % tokens.shape[1] for place in places]
     return rows[:, 0], tokens[torch.arange(len(rows)), torch.tensor(view)]
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
-def token_loss(model: nn.Module, labels, tokens):
+def token_loss(model, labels, tokens):
     """Mean cross-entropy (Eq. 6) in float32 and accuracy of tokens (B, N) under labels (B,)."""
-    logits = model(labels, tokens).float()                                   # (B, N, V)
+    logits = model(labels, tokens).float()                          # (B, N, V)
     loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     return loss, (logits.detach().argmax(-1) == tokens).float().mean()
 
 
 @torch.no_grad()
-def evaluate(model: AR, labels, tokens) -> dict:
+def evaluate(model, labels, tokens):
     """Loss and accuracy on held-out tokens (n, N) with labels (n,)."""
     sums = 0.0
     for part in zip(labels.split(64), tokens.split(64)):
@@ -180,7 +178,7 @@ def evaluate(model: AR, labels, tokens) -> dict:
 
 
 @torch.no_grad()
-def draw_samples(model: AR, tokenizer: Tokenizer, config: TrainConfig) -> Image.Image:
+def draw_samples(model, tokenizer, config):
     """A picture of samples of up to ten classes, a column a class."""
     columns = min(10, model.config.num_classes, config.eval_samples)
     labels = torch.linspace(0, model.config.num_classes - 1, columns).long()
@@ -193,7 +191,7 @@ def draw_samples(model: AR, tokenizer: Tokenizer, config: TrainConfig) -> Image.
 
 # ---- The run -------------------------------------------------------------------------------------
 
-def start_from(model: AR, path: str, classes: list[str]):
+def start_from(model, path, classes):
     """Gives a new model the weights in a checkpoint; rows of the class embedding by the name of the
     class, new ones stay fresh."""
     names = load_checkpoint(path, "ar")["classes"]
@@ -211,7 +209,7 @@ def start_from(model: AR, path: str, classes: list[str]):
     print0(f"from {path}: {len(taken)} classes by name; {len(fresh)} new: {' '.join(fresh[:10])}")
 
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     # Settings and processes
     (config,) = parse(PRESETS, argv, __doc__)
     if config.size not in SIZES or config.views not in (1, 2, 10):
@@ -225,9 +223,9 @@ def main(argv: list[str] | None = None):
     train, held_out = open_data(config.data, size)
     codes = read_codes(config, tokenizer, train)
     shuffle = Shuffle(len(train), config.seed)
-    shown = some_of(config.eval_images, len(held_out))
+    shown = spread(config.eval_images, len(held_out))
     val = encode_all(tokenizer, Views(held_out, size, 1, False), shown, config.workers)
-    val = torch.from_numpy(val.astype(np.int64)).to(device)                  # (n, 1 + N)
+    val = torch.from_numpy(val.astype(np.int64)).to(device)         # (n, 1 + N)
 
     # Model and its running average
     architecture = replace(
@@ -253,7 +251,7 @@ def main(argv: list[str] | None = None):
 
         # Labels and tokens; all processes draw for the whole batch which labels are dropped
         mine = positions(config, step - 1)
-        labels, tokens = read_batch(codes, shuffle, mine, num_tokens)        # (n,), (n, N)
+        labels, tokens = read_batch(codes, shuffle, mine, num_tokens)  # (n,), (n, N)
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
         dropped = dropped[torch.tensor(mine) % config.batch] < config.class_dropout
         labels = labels.masked_fill(dropped, architecture.num_classes).to(device)

@@ -27,12 +27,12 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_tokenizer import (TOKENIZERS, Tokenizer, TrainOutput, group_of, interpolate,
+from model_tokenizer import (TOKENIZERS, Tokenizer, group_of, interpolate,
                              sampling_schedule)
 from sample import (Mistake, autocast, center_crop, digest, find_images, image_grid, join_processes,
                     leave_processes, load_checkpoint, load_tokenizer, noise_of, pack, parse, print0,
                     psnr, rank, read_image, resize_shorter, run, save_picture, seed_of, seeded,
-                    to_tensor, wait, world, write)
+                    spread, to_tensor, wait, world, write)
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Shapes:
     the place and size, so that late tokens, too, have something to tell."""
     classes = [*SHAPES]
 
-    def __init__(self, first: int, count: int, size: int):
+    def __init__(self, first, count, size):
         self.first = first
         self.count = count
         self.size = size
@@ -122,11 +122,11 @@ class Shapes:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i):
         rng = np.random.default_rng((0, self.first + i))
         label = (self.first + i) % len(self.classes)
 
-        def colour(dark: int, bright: int) -> tuple:  # red, yellow, green, cyan, blue, magenta
+        def colour(dark, bright):  # red, yellow, green, cyan, blue, magenta
             hue = 60 * rng.integers(6) + rng.integers(12)
             return ImageColor.getrgb(f"hsv({hue},85%,{rng.integers(dark, bright)}%)")
 
@@ -145,12 +145,12 @@ class Shapes:
 
 # ---- Folders of images ---------------------------------------------------------------------------
 
-def subfolders(root: str) -> list[str]:
+def subfolders(root):
     return sorted(entry.name for entry in os.scandir(root)
                   if entry.is_dir() and not entry.name.startswith("."))
 
 
-def normalised(name: str) -> str:
+def normalised(name):
     return unicodedata.normalize("NFC", name)  # systems write accents in two ways
 
 
@@ -158,7 +158,7 @@ class Folder:
     """Images in one sub-folder a class, at any depth. classes: the names that labels count; None:
     the sub-folders in sorted order. draft_size: see `read_image`. Raises Mistake."""
 
-    def __init__(self, root: str, classes: list[str] | None = None, draft_size: int = 0):
+    def __init__(self, root, classes=None, draft_size=0):
         self.root = root
         self.draft_size = draft_size
         folders = {normalised(name): name for name in subfolders(root)}
@@ -180,7 +180,7 @@ class Folder:
         self.labels = np.array([label_of[name] for name in of], np.int32)
         self.key = digest(self.names.tobytes())
 
-    def some(self, chosen: np.ndarray) -> "Folder":
+    def some(self, chosen):
         """The same classes with those of the images that a mask chooses."""
         part = copy.copy(self)
         part.names = self.names[chosen]
@@ -188,20 +188,20 @@ class Folder:
         part.key = digest(part.names.tobytes())
         return part
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.names)
 
-    def path(self, i: int) -> str:
+    def path(self, i):
         return os.path.join(self.root, os.fsdecode(self.names[i]))
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i):
         return read_image(self.path(i), self.draft_size), int(self.labels[i])
 
 
 HELD_OUT = ("val", "valid", "validation", "test")
 
 
-def open_data(data: str, size: int, draft_size: int = 0) -> tuple:
+def open_data(data, size, draft_size=0):
     """Training and held-out images of `--data`: "shapes"; a folder that holds `train` and, under a
     usual name, held-out folders of classes; or a folder of classes. Where nothing is held out,
     every 100th image is. draft_size: of the training images, see `read_image`."""
@@ -227,7 +227,7 @@ def open_data(data: str, size: int, draft_size: int = 0) -> tuple:
     return train.some(~held_out if len(train) > 1 else held_out), rest
 
 
-def read_any(source, i: int) -> tuple[Image.Image, int]:
+def read_any(source, i):
     """Image i and its label or, where it cannot be read, the next one's. Raises a Mistake after 100.
     """
     for number in range(i, i + 100):
@@ -238,22 +238,17 @@ def read_any(source, i: int) -> tuple[Image.Image, int]:
     raise Mistake("100 images one after another cannot be read")
 
 
-def some_of(count: int, total: int) -> list[int]:
-    """Up to `count` of `total` items, always the same ones, from all over the list."""
-    return np.random.default_rng(0).permutation(total)[:count].tolist()
-
-
 class Shuffle:
     """Endless shuffled epochs of `count` items. What stands at `position` = 0, 1, ... is a function
     of (seed, position): a resumed run sees what the uninterrupted one would, on any processes."""
 
-    def __init__(self, count: int, seed: int):
+    def __init__(self, count, seed):
         self.count = count
         self.seed = seed
         self.epoch = -1
         self.order = None
 
-    def __getitem__(self, position: int) -> int:
+    def __getitem__(self, position):
         epoch, place = divmod(position, self.count)
         if epoch != self.epoch:
             self.epoch = epoch
@@ -262,11 +257,11 @@ class Shuffle:
         return int(self.order[place])
 
 
-def mirror(image: Image.Image) -> Image.Image:
+def mirror(image):
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def random_crop(image: Image.Image, size: int, resize_max: float, flip: bool, rng) -> Image.Image:
+def random_crop(image, size, resize_max, flip, rng):
     """A random square of size x size pixels after the shorter side is resized to size ...
     resize_max x size, mirrored half of the time if `flip`."""
     image = resize_shorter(image, int(rng.integers(size, int(size * resize_max) + 1)))
@@ -280,20 +275,20 @@ class Crops(torch.utils.data.Dataset):
     """Random crops (3, H, W) of training images and their positions in `Shuffle`; each a function
     of (seed, position)."""
 
-    def __init__(self, source, config: TrainConfig, size: int):
+    def __init__(self, source, config, size):
         self.source = source
         self.config = config
         self.size = size
         self.shuffle = Shuffle(len(source), config.seed)
 
-    def __getitem__(self, position: int):
+    def __getitem__(self, position):
         image, _ = read_any(self.source, self.shuffle[position])
         rng = np.random.default_rng(seed_of(self.config.seed, "crop", position))
         crop = random_crop(image, self.size, self.config.resize_max, self.config.flip, rng)
         return to_tensor(crop), position
 
 
-def passes_of(config) -> int:
+def passes_of(config):
     """Backward passes a step. Raises a Mistake where the batch does not divide."""
     share = config.batch // world()
     micro = min(config.micro_batch, share)
@@ -303,7 +298,7 @@ def passes_of(config) -> int:
     return share // micro
 
 
-def positions(config, step: int) -> range:
+def positions(config, step):
     """Positions in `Shuffle` of this process in a step."""
     share = config.batch // world()
     first = step * config.batch + rank() * share
@@ -320,7 +315,7 @@ class PerceptualLoss(nn.Module):
         import lpips
         self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
 
-    def forward(self, output: TrainOutput, images):
+    def forward(self, output, images):
         """Mean distance () of predicted images and images (B, 3, H, W) in [-1, 1]."""
         with torch.autocast(images.device.type, enabled=False):
             return self.net(output.predicted.float(), images.float()).mean()
@@ -336,7 +331,7 @@ class RepaLoss(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
 
-    def forward(self, output: TrainOutput, images):
+    def forward(self, output, images):
         """Mean over patches (); images (B, 3, H, W) in [-1, 1]."""
         side = 14 * math.isqrt(output.repa.shape[1])                         # 224 for 256 pixels
         with torch.no_grad():
@@ -361,7 +356,7 @@ def in_turn(build):
 class CodebookUse(nn.Module):
     """Steps for which each codebook row has gone unused, over all processes: idle, (V,)."""
 
-    def __init__(self, size: int):
+    def __init__(self, size):
         super().__init__()
         self.register_buffer("idle", torch.zeros(size, dtype=torch.long))
 
@@ -373,18 +368,18 @@ class CodebookUse(nn.Module):
             dist.all_reduce(used, dist.ReduceOp.MAX)
         self.idle = torch.where(used > 0, 0, self.idle + 1)
 
-    def share(self, window: int) -> float:
+    def share(self, window):
         """Share of the codebook used in the last `window` steps."""
         return (self.idle < window).float().mean().item()
 
     @torch.no_grad()
-    def reseed(self, after: int, z, generator: torch.Generator, codebooks: list):
+    def reseed(self, after, z, generator, codebooks):
         """Sets rows that have gone unused for `after` steps, and again after as many, to random
         rows of z (B, N, C), in all `codebooks` (V, C), on all processes alike."""
         z = F.normalize(z.flatten(0, 1).float(), dim=-1)
         fresh = z[torch.randint(len(z), self.idle.shape, generator=generator, device=z.device)]
         if dist.is_initialized():
-            dist.broadcast(fresh, 0)                                         # (V, C)
+            dist.broadcast(fresh, 0)                                # (V, C)
         dead = (self.idle > 0) & (self.idle % after == 0)
         for codebook in codebooks:
             codebook.copy_(torch.where(dead[:, None], fresh, codebook))
@@ -392,7 +387,7 @@ class CodebookUse(nn.Module):
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
-def group_knows(model: Tokenizer, images, noise, tokens):
+def group_knows(model, images, noise, tokens):
     """What each group of tokens knows, (K,): the flow loss at the group's own time with its tokens
     taken from another image, over that with the image's own. 1: nothing, the group is dead.
     images, noise: (B, 3, H, W), tokens: (B, N), of two images or more."""
@@ -403,7 +398,7 @@ def group_knows(model: Tokenizer, images, noise, tokens):
     for step in sampling_schedule(config.num_groups, config.num_groups, config.beta,
                                   config.num_groups):
         first = step.group * config.group_size  # what comes after the group plays no part
-        exchanged = torch.cat([tokens[:, :first], others[:, first:]], 1)     # (B, N)
+        exchanged = torch.cat([tokens[:, :first], others[:, first:]], 1)  # (B, N)
         xt = interpolate(x1, noise, x1.new_full((1,), step.t))
         own, other = (model.velocity(xt, step, model.condition(chosen)) - (x1 - noise)
                       for chosen in (tokens, exchanged))
@@ -412,23 +407,23 @@ def group_knows(model: Tokenizer, images, noise, tokens):
 
 
 @torch.no_grad()
-def evaluate(model: Tokenizer, images, seed: int) -> tuple[dict, Image.Image]:
+def evaluate(model, images, seed):
     """Reconstructs held-out images (B, 3, H, W). Returns numbers (PSNR in dB of the previews after
     each group; what each group knows) and a picture (8 rows: original, then the previews)."""
     noise = torch.randn(images.shape, generator=seeded(seed, "evaluation")).to(images.device)
-    tokens = model.encode(images)                                            # (B, N)
+    tokens = model.encode(images)                                   # (B, N)
     with autocast(images.device):
         previews = [*model.stream(tokens.split(model.config.group_size, 1), noise)]
         numbers = {"psnr_by_group": [psnr(preview, images) for preview in previews]}
         if len(images) > 1:
             numbers["group_knows"] = group_knows(model, images, noise, tokens).tolist()
-    shown = torch.stack([images, *previews], 1)[:8]                          # (8, 1 + K, 3, H, W)
+    shown = torch.stack([images, *previews], 1)[:8]                 # (8, 1 + K, 3, H, W)
     return numbers, image_grid(shown.flatten(0, 1), shown.shape[1])
 
 
 # ---- What both trainers do -----------------------------------------------------------------------
 
-def make_optimizer(model: nn.Module, config) -> torch.optim.Optimizer:
+def make_optimizer(model, config):
     """AdamW, with weight decay of matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -437,7 +432,7 @@ def make_optimizer(model: nn.Module, config) -> torch.optim.Optimizer:
         betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True)
 
 
-def set_lr(optimizer, step: int, config):
+def set_lr(optimizer, step, config):
     """The learning rate of step 1, 2, ...: linear warm-up, constant, linear fall."""
     rate = config.lr * min(1.0, step / max(config.warmup_steps, 1))
     left = (config.steps - step + 1) / max(config.decay_steps, 1)
@@ -447,13 +442,13 @@ def set_lr(optimizer, step: int, config):
         group["lr"] = rate
 
 
-def update_ema(ema: nn.Module, model: nn.Module, decay: float):
+def update_ema(ema, model, decay):
     """ema <- decay * ema + (1 - decay) * model, in one fused call."""
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def distribute(model: nn.Module, blocks: list[nn.Module], config, device) -> nn.Module:
+def distribute(model, blocks, config, device):
     """What to call in place of the model: with compiled blocks, in step with the other processes.
     The model itself stays as it is, to be saved and averaged."""
     if config.compile and device.type == "cuda":
@@ -465,8 +460,8 @@ def distribute(model: nn.Module, blocks: list[nn.Module], config, device) -> nn.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def differences(old: dict, new: dict) -> str:
-    """The first entries of `new` that differ from `old`, as a text."""
+def differences(old, new):
+    """The first entries of the dict `new` that differ from `old`, as a text."""
     texts = [f"{name} {value} (was {old.get(name)})" for name, value in new.items()
              if old.get(name) != value]
     return ", ".join(texts[:8])
@@ -476,29 +471,29 @@ class Record:
     """What a run keeps in its folder: the checkpoint, from which it goes on, and the log.
 
     kind: "tokenizer" or "ar". parts: modules by name, among them "model" and its average "ema".
-    fixed: what must not change in a run; settings: what may, and is then printed.
+    fixed: dict of what must not change in a run, while settings may. sums: losses since the last
+    log line.
     """
 
-    def __init__(self, config, kind: str, parts: dict, optimizer, fixed: dict, num_images: int):
-        places = ("out", "data", "init_from", "tokenizer", "codes")  # of no matter where they lie
-        settings = {name: value for name, value in asdict(config).items() if name not in places}
+    def __init__(self, config, kind, parts, optimizer, fixed, num_images):
         self.config = config
         self.kind = kind
         self.parts = parts
         self.optimizer = optimizer
+        places = ("out", "data", "init_from", "tokenizer", "codes")  # of no matter where they lie
+        settings = {name: value for name, value in asdict(config).items() if name not in places}
         self.notes = {"fixed": fixed, "settings": {**settings, "images": num_images}}
+        self.sums = defaultdict(float)
         self.first_step = self.resume()
-        self.sums = defaultdict(float)  # of losses since the last log line
-        self.began = time.time()
-        self.saved_at = self.began
-        count = sum(p.numel() for p in parts["model"].parameters())
-        print0(f"{kind}: {count:,} parameters, {num_images:,} training images, step "
-               f"{self.first_step} of {config.steps}, {world()} process(es)")
+        self.began = self.saved_at = time.time()
+        size = sum(parameter.numel() for parameter in parts["model"].parameters())
+        print0(f"{kind}: {size:,} parameters, {num_images:,} training images, {world()} "
+               f"process(es), step {self.first_step} of {config.steps}")
 
-    def path(self, name: str) -> str:
+    def path(self, name):
         return os.path.join(self.config.out, name)
 
-    def resume(self) -> int:
+    def resume(self):
         """Loads the checkpoint, if there is one, and returns its step. Raises Mistake."""
         os.makedirs(self.config.out, exist_ok=True)
         path = self.path("last.pt")
@@ -515,7 +510,7 @@ class Record:
         self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
         return saved["step"]
 
-    def save(self, step: int, **more):
+    def save(self, step, **more):
         """Writes last.pt when it is due, by the clock or at the end, and checkpoints that stay.
         Raises a Mistake where a loss is not finite."""
         config, names = self.config, []
@@ -531,17 +526,17 @@ class Record:
             write(self.path(name), lambda file: torch.save(checkpoint, file))
             self.saved_at = time.time()
 
-    def log_means(self, step: int, **more):
+    def log_means(self, step, **more):
         """When a line is due, logs means over the steps since the last one and over processes; and,
         since the run began, images a second and the time left at that rate."""
         config = self.config
         if step % config.log_every and step < config.steps:
             return
-        totals = torch.stack([*self.sums.values()])
+        means = torch.stack([*self.sums.values()])
         if dist.is_initialized():
-            dist.all_reduce(totals)
-        totals = totals / world() / min(step - self.first_step, (step - 1) % config.log_every + 1)
-        means = dict(zip(self.sums, totals.tolist()))
+            dist.all_reduce(means)
+        means /= world() * min(step - self.first_step, (step - 1) % config.log_every + 1)
+        means = dict(zip(self.sums, means.tolist()))
         check_finite(means)
         self.sums.clear()
         rate = (step - self.first_step) * config.batch / (time.time() - self.began)
@@ -549,19 +544,15 @@ class Record:
         self.log(step=step, **means, images_per_s=rate, hours_left=left, **more)
 
     def log(self, **numbers):
-        """In the first process, prints one line and appends the same numbers to log.jsonl."""
-        def brief(value) -> str:
-            if isinstance(value, list):
-                return " ".join(map(brief, value))
-            return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-        print0("  ".join(f"{name} {brief(value)}" for name, value in numbers.items()))
+        """In the first process, prints a line and appends it to log.jsonl."""
+        line = json.dumps({name: np.round(value, 5).tolist() for name, value in numbers.items()})
+        print0(line)
         if rank() == 0:
             with open(self.path("log.jsonl"), "a") as file:
-                file.write(json.dumps(numbers) + "\n")
+                print(line, file=file)
 
 
-def check_finite(numbers: dict):
+def check_finite(numbers):
     for name, value in numbers.items():
         if not math.isfinite(value):
             raise Mistake(f"{name} is not finite; nothing was saved since. A smaller --lr may help")
@@ -569,13 +560,13 @@ def check_finite(numbers: dict):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-def draw_times(batch: int, generator: torch.Generator):
+def draw_times(batch, generator):
     """Times u (batch,) in [0, 1), one in each of as many equal parts: uniform, with less noise."""
     parts = torch.randperm(batch, generator=generator)
     return (parts + torch.rand(batch, generator=generator)) / batch
 
 
-def load_crops(crops: Crops, config, first_step: int, device):
+def load_crops(crops, config, first_step, device):
     """Images (micro, 3, H, W) and positions (micro,) of this process from a step on."""
     mine = chain.from_iterable(positions(config, i) for i in range(first_step, config.steps))
     return iter(torch.utils.data.DataLoader(
@@ -583,7 +574,7 @@ def load_crops(crops: Crops, config, first_step: int, device):
         num_workers=config.workers, pin_memory=device.type == "cuda"))
 
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     # Settings and processes
     config, architecture = parse(PRESETS, argv, __doc__)
     if config.repa == 0:
@@ -596,7 +587,7 @@ def main(argv: list[str] | None = None):
     # Data
     size = architecture.image_size
     train, held_out = open_data(config.data, size, draft_size=size)
-    shown = [read_any(held_out, i)[0] for i in some_of(config.eval_images, len(held_out))]
+    shown = [read_any(held_out, i)[0] for i in spread(config.eval_images, len(held_out))]
     shown = torch.stack([to_tensor(center_crop(image, size)) for image in shown]).to(device)
 
     # Model, its running average, the networks of the losses
@@ -625,14 +616,14 @@ def main(argv: list[str] | None = None):
 
         # Times of the whole batch, in all processes alike. The VQ loss of a pass is a mean over its
         # tokens; lengths make it one over those of the batch.
-        u = draw_times(config.batch, seeded(config.seed, "times", step))     # (batch,)
+        u = draw_times(config.batch, seeded(config.seed, "times", step))  # (batch,)
         lengths = group_of(u, architecture.num_groups) + 1                   # in groups
         lengths = lengths / lengths.mean()
 
         # Forward and backward, a micro-batch at a time
         tokens = []
         for i in range(passes):
-            images, places = next(data)                                      # (micro, 3, H, W)
+            images, places = next(data)                             # (micro, 3, H, W)
             images = images.to(device, non_blocking=True)
             noise = noise_of(config.seed, "noise", places.tolist(), images.shape[1:], device)
             places = places % config.batch                                   # in this step's batch
