@@ -140,10 +140,12 @@ class Pipeline:
 
     def previews(self, numbers):
         """Yields images after each group of tokens of a whole batch, as soon as they are drawn."""
+        pending = []
         previews = self.tokenizer.stream(
-            self.token_groups(numbers), self.noise(numbers), self.config.solver, self.groups)
-        for _ in range(self.groups):
-            with autocast(self.device):  # left before the preview is handed over
+            iter(pending.pop, None), self.noise(numbers), self.config.solver, self.groups)
+        for group in self.token_groups(numbers):
+            pending.append(group)
+            with autocast(self.device):  # of the decoder only, and not of whom the preview goes to
                 preview = next(previews)
             yield preview
 
