@@ -227,9 +227,8 @@ class AR(nn.Module):
         group_size = group_size or count
         pos = torch.arange(count, device=labels.device)
         scales = [None] * count if cfg is None else torch.linspace(*cfg, count, device=pos.device)
-        # The part of the cache that is read grows in steps: eight lengths at most, as many versions
-        # of a function as torch.compile keeps.
-        step = math.ceil(count / 8)
+        # The part of the cache that is read grows in four steps; each is a graph to compile.
+        step = math.ceil(count / 4)
 
         for i in range(count):
             if i == kept:
