@@ -586,42 +586,26 @@ def digest(*things):
 # ---- The authors' files --------------------------------------------------------------------------
 
 RELEASED_NAMES = (  # a tensor's name in the authors' tokenizer -> ours: these replacements, in order
-    ("encoder_layers.", "encoder.blocks."),
-    ("patchify.", "encoder.from_pixels."),
-    ("query_embedding.weight", "encoder.query_table"),
-    ("query_linear.", "encoder.query_up."),
-    ("quant_in_conv.", "encoder.to_code."),
-    ("quantize.embedding.weight", "quantizer.codebook"),
-    ("quant_out_conv.", "decoder.from_code."),
-    ("decoder_embedding.weight", "decoder.positions"),
-    ("decoder_layers.", "decoder.blocks."),
-    ("diff_decoder.net.cond_mlp.", "diffusion.from_cond."),
+    ("encoder_layers.", "encoder.blocks."), ("patchify.", "encoder.from_pixels."),
+    ("query_embedding.weight", "encoder.query_table"), ("query_linear.", "encoder.query_up."),
+    ("quant_in_conv.", "encoder.to_code."), ("quantize.embedding.weight", "quantizer.codebook"),
+    ("quant_out_conv.", "decoder.from_code."), ("decoder_embedding.weight", "decoder.positions"),
+    ("decoder_layers.", "decoder.blocks."), ("diff_decoder.net.cond_mlp.", "diffusion.from_cond."),
     ("diff_decoder.net.conv_in.", "diffusion.from_pixels."),
     ("diff_decoder.net.conv_out.", "diffusion.to_pixels."),
-    ("diff_decoder.net.blocks.", "diffusion.blocks."),
-    (".cross_attn.", ".cross_attention."),
-    (".proj.", ".out."),
-    (".mlp.fc1.", ".mlp.0."),
-    (".mlp.fc2.", ".mlp.2."),
-    (".time_embed.mlp.", ".time_mlp."),
-    (".cond_embed.", ".cond_mlp."),
+    ("diff_decoder.net.blocks.", "diffusion.blocks."), (".cross_attn.", ".cross_attention."),
+    (".proj.", ".out."), (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.2."),
+    (".time_embed.mlp.", ".time_mlp."), (".cond_embed.", ".cond_mlp."),
     (".adaLN_modulation.1.", ".modulation."),
 )
 RELEASED_SETTINGS = {  # a setting's name in the authors' tokenizer: our field
-    "sampling_resolution": "image_size",
-    "num_all_queries": "num_tokens",
-    "num_query_groups": "num_groups",
-    "vq_dim": "code_dim",
-    "encoder_patch_size": "patch_size",
-    "encoder_dim": "encoder_width",
-    "num_encoder_layers": "encoder_depth",
-    "decoder_dim": "decoder_width",
-    "num_decoder_layers": "decoder_depth",
-    "dim": "diffusion_width",  # from here on in its part diff_decoder
-    "depth": "diffusion_depth",
-    "patch_size": "diffusion_patch",
-    "data_std": "sigma",
-    "time_shift": "beta",
+    "sampling_resolution": "image_size", "num_all_queries": "num_tokens",
+    "num_query_groups": "num_groups", "vq_dim": "code_dim", "encoder_patch_size": "patch_size",
+    "encoder_dim": "encoder_width", "num_encoder_layers": "encoder_depth",
+    "decoder_dim": "decoder_width", "num_decoder_layers": "decoder_depth",
+    # In its part diff_decoder
+    "dim": "diffusion_width", "depth": "diffusion_depth", "patch_size": "diffusion_patch",
+    "data_std": "sigma", "time_shift": "beta",
 }
 
 
@@ -688,11 +672,12 @@ def noise_of(seed, purpose, numbers, shape, device):
 
 def join_processes():
     """The device of this process, which joins the others where torchrun started it."""
+    launched = dist.is_torchelastic_launched()  # whatever else the environment says
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
+        device = torch.device("cuda", dist.get_node_local_rank() if launched else 0)
         torch.cuda.set_device(device)
-    if dist.is_torchelastic_launched():  # they wait for one another for long, to share out tokens
+    if launched:  # processes wait for one another for long, while they share out the tokens
         dist.init_process_group(timeout=timedelta(hours=12))
     return device
 

@@ -396,25 +396,19 @@ def test_decoding_equals_the_sampler_written_out():
 def test_streamed_decoding_equals_whole_decoding_and_partial_decoding_reads_no_later_token():
     model, tokens, noise = small_tokenizer(), some_tokens(), torch.randn(2, 3, 32, 32)
     for solver in mt.SOLVERS:
-        previews = list(model.stream(tokens.split(4, 1), noise, solver))
         for groups in (1, 2, 4):
-            last = list(model.stream(tokens.split(4, 1), noise, solver, groups))[-1]
-            # Outputs of order 10, here and below
-            close(last, model.decode(tokens, noise, solver=solver, groups=groups), 1e-4)
-        assert torch.equal(previews[-1], last) and len(previews) == 4
-    for groups in (1, 2, 3):  # an Euler preview is what decoding gives that ends with this group
-        decoded = model.decode(tokens, noise, solver="euler", groups=groups)
-        close(previews[groups - 1], decoded, 1e-4)
-        part = model.decode(tokens[:, :4 * groups], noise, solver="euler", groups=groups)
-        assert torch.equal(part, decoded)
-    for steps in (3, 4, 6, 8):
-        assert model.decode(tokens, steps=steps).shape == (2, 3, 32, 32)
+            previews = [*model.stream(tokens.split(4, 1), noise, solver, groups)]
+            decoded = model.decode(tokens, noise, solver=solver, groups=groups)
+            close(previews[-1], decoded, 1e-4)  # outputs of order 10, here and below
+            part = model.decode(tokens[:, :4 * groups], noise, solver=solver, groups=groups)
+            assert torch.equal(part, decoded) and len(previews) == groups
+    decoded = model.decode(tokens, noise, solver="euler", groups=2)
+    close(previews[1], decoded, 1e-4)  # an Euler preview is what ends with this group
+    assert model.decode(tokens, steps=6).shape == (2, 3, 32, 32)
     tokens = model.encode(pictures(2, 64))  # of another size
     assert model.decode(tokens, torch.randn(2, 3, 64, 64)).shape == (2, 3, 64, 64)
-    for text, function, given in (
-            ("solver must be", model.decode, (tokens, None, None, "heun")),
-            ("4 groups: 16 tokens", model.decode, (tokens[:, :8],))):
-        raises(AssertionError, text, function, *given)
+    raises(AssertionError, "solver must be", model.decode, tokens, None, None, "heun")
+    raises(AssertionError, "4 groups: 16 tokens", model.decode, tokens[:, :8])
 
 
 def test_fresh_tokenizer_predicts_zero_velocity():
@@ -577,13 +571,12 @@ def make_folder(root, *names, per_class=3):
 def test_built_in_pictures_depend_on_their_number_and_survive_the_way_to_tensors_and_back():
     train, held_out = train_tokenizer.open_data("shapes", 32)
     assert np.array_equal(train[7][0], train_tokenizer.Shapes(5, 10, 32)[2][0])
-    assert train[7][1] == 7 and len(train.classes) == 10
+    assert train[7][1] == 7 and not np.array_equal(train[7][0], train[17][0])
     assert train.first + len(train) <= held_out.first  # no picture in both
-    assert not np.array_equal(train[7][0], train[17][0])
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    tensor = sample.to_tensor(Image.fromarray(pixels))[None]
-    assert np.array_equal(sample.to_uint8(tensor)[0], pixels)
-    close(sample.from_uint8(pixels), tensor[0], 0)
+    tensor = sample.to_tensor(Image.fromarray(pixels))
+    assert np.array_equal(sample.to_uint8(tensor[None])[0], pixels)
+    close(sample.from_uint8(pixels), tensor, 0)
     grid = sample.image_grid(pictures(5), 3)
     assert grid.size == (3 * 64 + 4, 2 * 64 + 2) and grid.getpixel((195, 129)) == (255, 255, 255)
 
@@ -641,35 +634,22 @@ def test_one_walker_leaves_out_what_is_hidden_and_counts_what_is_no_image(tmp_pa
 def test_files_of_many_kinds_are_read_or_refused_by_name(tmp_path):
     good = sample.image_grid(pictures(1), 1)
     deep = np.random.default_rng(0).integers(0, 2 ** 16, (64, 64), dtype=np.uint16)
-
-    def whole(format, image=good, **options):
-        file = io.BytesIO()
-        image.save(file, format, **options)
-        return file.getvalue()
-
-    jpeg, png = whole("JPEG"), whole("PNG")
-    for name, readable, content in (
-            ("empty.jpg", False, b""), ("text.png", False, b"<html>404 Not Found</html>"),
-            ("gif.png", False, whole("GIF")), ("eps.jpg", False, whole("EPS")),  # starts a program
-            ("half.jpg", False, jpeg[:len(jpeg) // 2]), ("half.png", False, png[:len(png) // 2]),
-            ("header.png", False, png[:30]),
-            ("bomb.png", False, png[:16] + (60_000).to_bytes(4, "big") * 2 + png[24:]),
-            ("jpeg.png", True, jpeg), ("whole.webp", True, whole("WEBP")),
-            ("whole.bmp", True, whole("BMP")), ("whole.tif", True, whole("TIFF")),
-            ("deep.png", True, whole("PNG", Image.fromarray(deep))),
-            ("cmyk.jpg", True, whole("JPEG", good.convert("CMYK"))),
-            ("one_bit.png", True, whole("PNG", good.convert("1"))),
-            ("palette_alpha.png", True, whole("PNG", good.convert("P"), transparency=0))):
+    for name, readable, kind, image in (
+            ("gif.png", False, "GIF", good), ("eps.jpg", False, "EPS", good),  # starts a program
+            ("half.jpg", False, "JPEG", good), ("half.png", False, "PNG", good),
+            ("a.jpg.png", True, "JPEG", good), ("a.webp", True, "WEBP", good),
+            ("a.tif", True, "TIFF", good), ("deep.png", True, "PNG", Image.fromarray(deep)),
+            ("cmyk.jpg", True, "JPEG", good.convert("CMYK")),
+            ("alpha.png", True, "PNG", good.convert("RGBA"))):
         path = join(tmp_path, name)
-        Path(path).write_bytes(content)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, on what it makes of them
-            if readable:
-                image = sample.read_image(path)
-                assert image.mode == "RGB" and sample.center_crop(image, 32).size == (32, 32), path
-            else:
-                raises(Mistake, f"{path} cannot be read", sample.read_image, path)
-    raises(Mistake, "nowhere.png", sample.read_image, "nowhere.png")
+        image.save(path, kind)
+        if "half" in name:
+            os.truncate(path, os.path.getsize(path) // 2)
+        if readable:
+            image = sample.read_image(path)
+            assert image.mode == "RGB" and sample.center_crop(image, 32).size == (32, 32), path
+        else:
+            raises(Mistake, f"{path} cannot be read", sample.read_image, path)
     path = join(tmp_path, "deep.png")
     for image in (sample.read_image(path), sample.center_crop(Image.open(path), 32)):
         assert 100 < np.array(image).mean() < 155  # not white: 16 bits are scaled, not cut
@@ -684,12 +664,11 @@ def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(t
     for views in (2, 10):
         crops = [np.array(crop) for crop in train_ar.crop_views(image, 32, views, True)]
         assert all(np.array_equal(crops[i][:, ::-1], crops[i + 1]) for i in range(0, views, 2))
-        assert len({crop.tobytes() for crop in crops}) == views
         plain = [np.array(crop) for crop in train_ar.crop_views(image, 32, views, False)]
-        assert np.array_equal(plain, crops[::2])
+        assert np.array_equal(plain, crops[::2]) and len(crops) == views
     # A large JPEG is decoded at a fraction for random crops, and only for them.
     save_noise(join(tmp_path, "x", "large.jpg"), size=(256, 256))
-    exact = np.array(Image.open(tmp_path / "x" / "large.jpg").convert("RGB"))
+    exact = np.array(Image.open(tmp_path / "x" / "large.jpg"))
     for draft_size, equal in ((0, True), (32, False)):
         train, held_out = train_tokenizer.open_data(str(tmp_path), 32, draft_size)
         assert np.array_equal(train[0][0], exact) == equal and np.array_equal(held_out[0][0], exact)
@@ -729,8 +708,8 @@ def test_the_autoregressive_model_sees_a_view_of_each_image_by_position(tmp_path
 def test_learning_rate_warms_up_stays_and_falls_times_are_even_and_averages_follow():
     config = train_tokenizer.TrainConfig(steps=100, lr=1.0, lr_final=0.1, warmup_steps=10,
                                          decay_steps=50)
-    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    optimizer, rates = train_tokenizer.make_optimizer(model, config), []
+    model, ema, rates = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), []
+    optimizer = train_tokenizer.make_optimizer(model, config)
     for step in (1, 10, 51, 76):
         train_tokenizer.set_lr(optimizer, step, config)
         rates.append(optimizer.param_groups[0]["lr"])
@@ -770,14 +749,11 @@ def test_perceptual_and_alignment_losses_run_on_files_in_torch_hubs_cache(tmp_pa
     torch.save(weights, tmp_path / "checkpoints" / "vgg16-397923af.pth")
     (tmp_path / "facebookresearch_dinov2_main" / "hubconf.py").write_text(
         "import torch\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.patch = torch.nn.Conv2d(3, 768, 14, 14)\n"
+        "class Net(torch.nn.Conv2d):\n"
         "    def forward_features(self, x):\n"
-        "        return {'x_norm_patchtokens': self.patch(x).flatten(2).mT}\n"
+        "        return {'x_norm_patchtokens': self(x).flatten(2).mT}\n"
         "def dinov2_vitb14(**kwargs):\n"
-        "    return Net()\n")
+        "    return Net(3, 768, 14, 14)\n")
     with mock.patch.object(torch.hub, "_hub_dir", str(tmp_path)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchvision, on the way lpips calls it
         lpips, repa = train_tokenizer.PerceptualLoss(), train_tokenizer.RepaLoss()
@@ -790,9 +766,7 @@ def test_perceptual_and_alignment_losses_run_on_files_in_torch_hubs_cache(tmp_pa
     assert lpips(output, images) == 0
     distance = lpips(output._replace(predicted=other), images)
     assert distance > 0 and torch.autograd.grad(distance, other)[0].abs().max() > 0
-
-    normal = (images / 2 + 0.5 - repa.mean) / repa.std
-    small = F.interpolate(normal, size=(56, 56), mode="bicubic")
+    small = F.interpolate((images / 2 + 0.5 - repa.mean) / repa.std, size=(56, 56), mode="bicubic")
     features = repa.net.forward_features(small)["x_norm_patchtokens"]        # (2, 16, 768)
     for sign, expected in ((1, 0), (-1, 2)):  # float32 rounding of a cosine
         assert abs(repa(output._replace(repa=sign * features), images) - expected) < 1e-5
@@ -961,13 +935,13 @@ def test_two_processes_and_two_passes_take_the_steps_of_one(tmp_path):
             assert (weights_of(folder) - weights_of(one)).norm() < 0.05 * way, folder
 
 
-def test_new_runs_start_from_the_weights_of_others(tmp_path):
+def test_new_runs_start_from_the_weights_of_others_classes_by_name(tmp_path):
     still = ["--lr", 0, "--lr-final", 0, "--steps", 1, "--init-from"]
     tokenizer, ar = (join(trained(name), "last.pt") for name in TRAINERS)
     train("tokenizer", tmp_path / "tokenizer", *still, tokenizer, "--reseed-after", 0)
     assert torch.equal(weights_of(tmp_path / "tokenizer"), weights_of(trained("tokenizer"), "ema"))
     raises(RuntimeError, "quantizer.codebook", train, "tokenizer", tmp_path / "other", *still,
-           tokenizer, "--codebook-size", 64)
+           tokenizer, "--codebook-size", 64)  # torch names what does not fit
     data = make_folder(tmp_path / "data", "a_ant", "b_cat", "a_dog")  # ant is new
     said = train("ar", tmp_path / "ar", *still, ar, "--data", data)
     assert "2 classes by name; 1 new: a_ant" in said
@@ -975,30 +949,23 @@ def test_new_runs_start_from_the_weights_of_others(tmp_path):
     assert torch.equal(tuned.output.weight, begun.output.weight)
     rows, old = tuned.cls_embedding.weight, begun.cls_embedding.weight
     assert torch.equal(rows[1:], old) and len(rows) == 4  # dog, cat, the null class
-    raises(RuntimeError, "layers.", train, "ar", tmp_path / "big", *still, ar, "--size", "B")
 
-
-def test_the_authors_classes_are_taken_by_position_for_wordnet_ids_only(tmp_path):
-    model = AR(replace(SMALL_AR, num_classes=1000))
-    path = str(tmp_path / "released.pt")
-    torch.save(AR(replace(SMALL_AR, num_classes=1000)).state_dict(), path)
-    with mock.patch.object(sample, "translate_ar", lambda weights: {
-            **sample.pack("ar", model), "model": weights, "classes": [*map(str, range(1000))]}):
-        ids = [f"n{i:08d}" for i in range(1000)]
-        assert "1000 classes by name; 0 new" in quietly(train_ar.start_from, model, path, ids)
-        assert torch.equal(model.state_dict()["cls_embedding.weight"],
-                           torch.load(path)["cls_embedding.weight"])
-        names = [f"x{i}" for i in range(1000)]
-        assert "0 classes by name; 1000 new" in quietly(train_ar.start_from, model, path, names)
+    # The authors' classes have numbers: by position where the folders are sorted WordNet ids
+    path, config = str(tmp_path / "released.pt"), replace(SMALL_AR, num_classes=1000)
+    begun = AR(config)
+    torch.save({**sample.pack("ar", begun), "classes": [*map(str, range(1000))]}, path)
+    for name, expected in (("n{:08d}", "1000 classes by name; 0 new"), ("x{}", "0 classes by name")):
+        model = AR(config)
+        said = quietly(train_ar.start_from, model, path, [name.format(i) for i in range(1000)])
+        rows = model.cls_embedding.weight == begun.cls_embedding.weight
+        assert expected in said and rows[-1].all() and rows[0].all() == (name[0] == "n")
 
 
 def test_held_out_numbers_are_logged():
     lines = log_of(trained("tokenizer"))
     assert {"flow", "vq", "gradient", "codebook", "images_per_s", "hours_left"} <= {*lines[0]}
+    assert {*lines[-1]} == {"step", "psnr_by_group", "group_knows"}
     assert "reconstructions_000008.png" in os.listdir(trained("tokenizer"))
-    assert not {"lpips"} & ({*lines[0]} | {*sys.modules} - {"lpips"})  # its weight is 0
-    numbers, picture = train_tokenizer.evaluate(small_tokenizer(), pictures(3), 0)
-    assert {*numbers} == {"psnr_by_group", "group_knows"} and len(numbers["psnr_by_group"]) == 4
     labels, tokens, model = torch.tensor([0, 3]), some_tokens(), small_ar()
     found = train_ar.evaluate(model, labels, tokens)
     assert {*found} == {*log_of(trained("ar"))[-1]} - {"step"}
@@ -1143,19 +1110,17 @@ def test_layouts_keep_the_first_tokens_of_the_reference(tmp_path):
     path, image = tmp_path / "image.png", sample.image_grid(pictures(1), 1)
     image.save(path)
     draw("--prefix", path, "--keep", "0,5,16", "--labels", "a,c", "--out", tmp_path / "s.png")
-    grid = sample.to_tensor(Image.open(tmp_path / "s.png"))
-    cells = [[grid[:, 66 * row:66 * row + 64:2, 66 * column:66 * column + 64:2]
-              for column in range(3)] for row in range(3)]
-    reference, tokenizer = sample.to_tensor(sample.center_crop(image, 32)), small_tokenizer()
-    tokens = tokenizer.encode(reference[None]).expand(2, -1)
+    tokenizer, rows = small_tokenizer(), []
+    reference = sample.to_tensor(sample.center_crop(image, 32))[None]
+    tokens = tokenizer.encode(reference).expand(2, -1)
     noise = sample.noise_of(0, "start", [0, 1], (3, 32, 32), CPU)
-    for row, count in enumerate((0, 5, 16)):
+    for count in (0, 5, 16):
         drawn = small_ar().generate(torch.tensor([0, 2]), (1.1, 3.0), tokens[:, :count],
                                     uniforms=uniforms(16))
         assert torch.equal(drawn[:, :count], tokens[:, :count])
-        expected = tokenizer.decode(drawn, noise).clamp(-1, 1)
-        close(cells[row][0], reference, 0.01)  # a level of 255
-        close(torch.stack(cells[row][1:]), expected, 0.02)  # two levels
+        rows += [reference, tokenizer.decode(drawn, noise)]
+    expected = sample.image_grid(torch.cat(rows), 3)
+    assert levels_apart(np.array(Image.open(tmp_path / "s.png")), np.array(expected)) <= 1
 
 
 def test_reconstructions_come_with_the_same_crops_and_psnr(tmp_path):
@@ -1217,8 +1182,7 @@ def test_checkpoints_give_back_the_model_and_others_are_refused(tmp_path):
 
 
 def test_mistakes_get_one_clear_line(tmp_path):
-    image, tokenizer = (str(tmp_path / name) for name in ("image.png", "tokenizer.pt"))
-    sample.image_grid(pictures(1), 1).save(image)
+    tokenizer, ckpt = str(tmp_path / "tokenizer.pt"), f"--ckpt {small_checkpoint()}"
     torch.save(sample.pack("tokenizer", small_tokenizer()), tokenizer)
     for program, text, flags in (
             (train_tokenizer, "no folder nowhere", "--data nowhere"),
@@ -1229,27 +1193,24 @@ def test_mistakes_get_one_clear_line(tmp_path):
             (train_ar, "--views 1, 2 or 10", "--views 3"),
             (sample, "no checkpoint at nowhere", "--ckpt nowhere"),
             (sample, "'ar' is needed", f"--ckpt {tokenizer}"),
-            (sample, "--cfg must be", "--cfg 1:2:3"), (sample, "--cfg must be", "--cfg x"),
-            (sample, "no class 'dog'", "--labels b,dog"), (sample, "no class '5'", "--labels 5"),
-            (sample, "exclude one another", "--stream --npz x.npz"),
-            (sample, "--solver must be one of", "--solver heun"),
-            (sample, "--out end in .png", "--out x.txt"),
-            (sample, "is there already", f"--npz {image}"),
-            (sample, "--tokens must be a multiple of 4", "--tokens 6"),
-            (sample, "--tokens must be a multiple of 4", "--tokens 20"),
-            (sample, "cannot be read", "--prefix nowhere"),
-            (sample, "no folder nowhere", "--reconstruct nowhere")):
-        flags = flags.split()
-        if program is sample and "--ckpt" not in flags:
-            flags += ["--ckpt", small_checkpoint()]
-        if not {"--out", "--npz"} & {*flags}:
-            flags += ["--out", str(tmp_path / "out" / "x.png")]
-        raises(Mistake, text, quietly, program.main, flags)
+            (sample, "--cfg must be", ckpt + " --cfg 1:2:3"),
+            (sample, "no class 'dog'", ckpt + " --labels b,dog"),
+            (sample, "no class '5'", ckpt + " --labels 5"),
+            (sample, "exclude one another", ckpt + " --stream --npz x.npz"),
+            (sample, "--solver must be one of", ckpt + " --solver heun"),
+            (sample, "--out end in .png", ckpt + " --out x.txt"),
+            (sample, "is there already", ckpt + f" --npz {tokenizer}"),
+            (sample, "--tokens must be a multiple of 4", ckpt + " --tokens 6"),
+            (sample, "--tokens must be a multiple of 4", ckpt + " --tokens 20"),
+            (sample, "cannot be read", ckpt + " --prefix nowhere"),
+            (sample, "no folder nowhere", ckpt + " --reconstruct nowhere")):
+        if "--out" not in flags:
+            flags += f" --out {tmp_path / 'out' / 'x.png'}"
+        raises(Mistake, text, quietly, program.main, flags.split())
     for program, text, flags in (  # as argparse says them
             (train_tokenizer, "num_tokens must divide by num_groups", "--num-groups 7"),
             (train_tokenizer, "--lr must be 0 or a positive number, got nan", "--lr nan"),
             (train_tokenizer, "--batch must be a positive number, got 0", "--batch 0"),
-            (train_ar, "--steps must be a positive number, got -1", "--steps -1"),
             (train_ar, "--ema must be below 1", "--ema 1"),
             (sample, "unrecognized arguments: --odd", "--odd"),
             (sample, "--batch: invalid int value: 'x'", "--batch x")):
@@ -1264,11 +1225,9 @@ def test_importing_does_nothing_and_a_mistake_ends_a_program_with_one_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "x: no checkpoint at nowhere\n", done.stderr
-    for program in (train_tokenizer, train_ar, sample):  # what --help prints
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            raises(SystemExit, "0", program.main, ["--help"])
-        assert "--seed" in said.getvalue() and "images at" in said.getvalue() or program != sample
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        raises(SystemExit, "0", sample.main, ["--help"])
+    assert "images at a time [100]" in said.getvalue()
 
 
 def test_ten_lines_of_the_readme_run(tmp_path):
@@ -1339,25 +1298,20 @@ def moments(rows):
 def test_inception_equals_torch_fidelitys_and_loads_its_weights(tmp_path):
     network, path = random_inception(), str(tmp_path / "weights.pth")
     images = torch.from_numpy(noise_images(2, size=(20, 30)))
-    pool, spatial, probs = network(images)
+    torch.save(network.state_dict(), path)
+    pool, spatial, probs = fid.load_inception(path)(images)
     assert (pool.shape, spatial.shape, probs.shape) == ((2, 2048), (2, 2023), (2, 1008))
     expected = [3.130364, 5.148030, 1.536695, 1.666369]  # torch-fidelity's, in these weights
     close(pool[0, [2, 3, -2, -1]], torch.tensor(expected), 5e-4)  # float32, through 48 layers
-    close(probs.sum(1), torch.ones(2), 1e-5)  # float32 rounding
-    torch.save(network.state_dict(), path)
-    assert torch.equal(fid.load_inception(path)(images).pool, pool)
+    close(probs, (pool @ network.fc.weight.T).softmax(1), 1e-6)
+    assert spatial.min() == 0 and spatial.max() > 0  # after the ReLU
     raises(Mistake, "fetch https://github.com/mseitzer", fid.load_inception, "nowhere.pth")
-    torch.save({**network.state_dict(), "fc.bias": torch.ones(3)}, path)
-    raises(RuntimeError, "fc.bias", fid.load_inception, path)
-    try:
+    with contextlib.suppress(ImportError):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        return
-    torch.save(network.state_dict(), path)
-    theirs = FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], path)
-    found, logits = theirs(images.permute(0, 3, 1, 2))
-    close(found, pool, 1e-4 * pool.max())
-    close(logits.softmax(1), probs, 1e-4 * probs.max())
+        theirs = FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], path)
+        found, logits = theirs(images.permute(0, 3, 1, 2))
+        close(found, pool, 1e-4 * pool.max())
+        close(logits.softmax(1), probs, 1e-4 * probs.max())
 
 
 def test_resize_reads_where_tensorflow_1_does():
@@ -1375,10 +1329,6 @@ def test_frechet_distance_is_the_known_one_and_scipys_also_of_few_samples():
     zero, eye = np.zeros(5), np.eye(5)
     assert np.isclose(fid.frechet_distance(zero, eye, zero + 3, eye), 45)
     assert fid.frechet_distance(zero, 0 * eye, zero + 1, eye) == 10
-    # Covariances that commute: the squared differences of the standard deviations
-    a, b, q = np.array([1., 2, 3, 0, 2]), np.array([2., 1, 0, 0, 2]), np.linalg.qr(eye + 1)[0]
-    found = fid.frechet_distance(zero, q * a ** 2 @ q.T, zero + 1, q * b ** 2 @ q.T)
-    assert np.isclose(found, 11 + 5, rtol=1e-7)  # the root of a rounded 0 is 1e-8
     x, y = gaussian(300, 40, 2), gaussian(200, 40, 3) * 1.1
     few, others = x[:12], y[:15]  # ranks 11 and 14: tr (...)^(1/2) by singular values instead
     cross = (few - few.mean(0)) @ (others - others.mean(0)).T / np.sqrt(11 * 14)
@@ -1414,13 +1364,11 @@ def test_precision_and_recall_are_those_of_known_sets_and_of_brute_force():
     x, y = (torch.from_numpy(gaussian(300, 4, seed)).float() for seed in (5, 6))
     assert fid.precision_recall(x, x) == (1, 1)
     assert fid.precision_recall(x, x + 100) == (0, 0)
-    fivefold = torch.rand(5, 2048, generator=torch.Generator().manual_seed(0)).repeat(5, 1)
-    assert fid.precision_recall(fivefold, fivefold[:17]) == (1, 1)  # balls of radius 0
     precision, recall = fid.precision_recall(torch.cat([x, x + 100]), y)  # y drops a mode
     assert precision > 0.8 and recall <= 0.5
     lattice = torch.cartesian_prod(*[torch.arange(4.)] * 3)  # with ties: balls hold their edge
     pairs = [(lattice[::2], lattice[::3], 3)]
-    for k, offset in ((3, 0), (1, 0), (3, 1000)):  # there, float32 would lose the distances
+    for k, offset in ((3, 0), (1, 1000)):  # there, float32 would lose the distances
         pairs.append((torch.from_numpy(gaussian(150, 6, 7) + offset).float(),
                       torch.from_numpy(gaussian(130, 6, 8) * 1.3 + offset).float(), k))
     for x, y, k in pairs:
@@ -1495,29 +1443,24 @@ def test_hostile_files_and_mistakes_of_evaluation_are_named(tmp_path):
     tiny_fid(good, "--save-stats", stats)
     for text, arrays in (
             *(("arr_0 must be uint8 (N, H, W, 3)", {"arr_0": wrong})
-              for wrong in (x / 255, x[..., :1], x[0], x.transpose(0, 3, 1, 2), x.astype(object))),
-            ("holds 1 images", {"arr_0": x[:1]}), ("needs images arr_0", {"images": x}),
-            ("is no folder and no npz", None)):
-        if arrays:
-            np.savez(path, **arrays)
-        else:
-            Path(path).write_text("no npz")
+              for wrong in (x / 255, x[..., :1], x[0], x.astype(object))),
+            ("holds 1 images", {"arr_0": x[:1]}), ("needs images arr_0", {"images": x})):
+        np.savez(path, **arrays)
         raises(Mistake, text, tiny_fid, path, path)
     raises(Mistake, "is no folder and no npz", tiny_fid, "nowhere", good)
     raises(Mistake, "the order is REFERENCE SAMPLES", tiny_fid, good, stats)
     folder = save_images(tmp_path / "x", x)
-    for text, image in (("grey.png is L", Image.new("L", (10, 12))),
+    for text, image in (("odd.png is L", Image.new("L", (10, 12))),
                         ("images of several sizes", Image.new("RGB", (11, 12)))):
-        image.save(join(folder, "grey.png"))
+        image.save(join(folder, "odd.png"))
         raises(Mistake, text, tiny_fid, folder, folder)
-    Path(folder, "grey.png").write_text("%!PS-Adobe EPSF")  # would start Ghostscript
-    raises(Mistake, "grey.png cannot be read", tiny_fid, folder, folder)
+    Path(folder, "odd.png").write_text("%!PS-Adobe EPSF")  # would start Ghostscript
+    raises(Mistake, "odd.png cannot be read", tiny_fid, folder, folder)
     lossy = save_images(tmp_path / "lossy", x, ".jpg")
     assert "compression changes figures" in tiny_fid(lossy, good)[1]
-    for argv in ([good], [good, good, "--save-stats", path]):
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            raises(SystemExit, "2", tiny_fid, *argv)
-        assert "give REFERENCE and SAMPLES" in said.getvalue()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        raises(SystemExit, "2", tiny_fid, good)
+    assert "give REFERENCE and SAMPLES" in said.getvalue()
 
 
 def main():

@@ -106,14 +106,13 @@ def crop_views(image, size, views, flip):
     return crops
 
 
-class Views(torch.utils.data.Dataset):
+@dataclass
+class Views:
     """All fixed crops of the images: item i is (views, 3, H, W) and a label."""
-
-    def __init__(self, source, size, views, flip):
-        self.source = source
-        self.size = size
-        self.views = views
-        self.flip = flip
+    source: object  # of images, see `open_data`
+    size: int
+    views: int
+    flip: bool
 
     def __getitem__(self, i):
         image, label = read_any(self.source, i)
@@ -142,7 +141,7 @@ def read_codes(config, tokenizer, train):
     which the first call writes. The folder is named after the tokenizer and the images' names; other
     images under the same names need another --codes."""
     views = Views(train, tokenizer.config.image_size, config.views, config.flip)
-    name = digest(tokenizer, train.key, config.views, config.flip)
+    name = digest(tokenizer, train, config.views, config.flip)
     paths = shards(os.path.join(config.codes, name), len(train), SHARD,
                    lambda numbers: encode_all(tokenizer, views, numbers, config.workers))
     return [np.load(path, mmap_mode="r") for path in paths]

@@ -27,8 +27,7 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_tokenizer import (TOKENIZERS, Tokenizer, group_of, interpolate,
-                             sampling_schedule)
+from model_tokenizer import TOKENIZERS, Tokenizer, group_of, interpolate, sampling_schedule
 from sample import (Mistake, autocast, center_crop, digest, find_images, image_grid, join_processes,
                     leave_processes, load_checkpoint, load_tokenizer, noise_of, pack, parse, print0,
                     psnr, rank, read_image, resize_shorter, run, save_picture, seed_of, seeded,
@@ -94,30 +93,21 @@ PRESETS = {  # name: (settings of the run, architecture)
 # ---- Built-in pictures ---------------------------------------------------------------------------
 
 SHAPES = {  # corners, radius between two corners (1 at them), turn in degrees
-    "circle": (24, 1.0, 0),
-    "triangle": (3, 0.5, 0),
-    "wedge": (3, 0.5, 180),
-    "square": (4, 0.71, 45),
-    "diamond": (4, 0.71, 0),
-    "tripod": (3, 0.2, 0),
-    "spark": (4, 0.3, 0),
-    "cross": (4, 0.3, 45),
-    "star": (5, 0.4, 0),
-    "flake": (8, 0.5, 0),
+    "circle": (24, 1.0, 0), "triangle": (3, 0.5, 0), "wedge": (3, 0.5, 180),
+    "square": (4, 0.71, 45), "diamond": (4, 0.71, 0), "tripod": (3, 0.2, 0),
+    "spark": (4, 0.3, 0), "cross": (4, 0.3, 45), "star": (5, 0.4, 0), "flake": (8, 0.5, 0),
 }
 
 
+@dataclass
 class Shapes:
     """Pictures drawn by code. Picture i is a function of i alone and shows the shape of class
     i mod 10 before a ground of four colours, one a corner. These five colours vary, and a little
     the place and size, so that late tokens, too, have something to tell."""
+    first: int
+    count: int
+    size: int  # pixels a side
     classes = [*SHAPES]
-
-    def __init__(self, first, count, size):
-        self.first = first
-        self.count = count
-        self.size = size
-        self.key = f"shapes {first} {count} {size}"
 
     def __len__(self):
         return self.count
@@ -178,15 +168,17 @@ class Folder:
         # Two blocks of memory, which the processes that load images share
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array([label_of[name] for name in of], np.int32)
-        self.key = digest(self.names.tobytes())
 
-    def some(self, chosen):
+    def some(self, chosen, draft_size):
         """The same classes with those of the images that a mask chooses."""
         part = copy.copy(self)
         part.names = self.names[chosen]
         part.labels = self.labels[chosen]
-        part.key = digest(part.names.tobytes())
+        part.draft_size = draft_size
         return part
+
+    def __repr__(self):
+        return digest(self.names.tobytes())
 
     def __len__(self):
         return len(self.names)
@@ -222,9 +214,8 @@ def open_data(data, size, draft_size=0):
     else:
         train = Folder(data, draft_size=draft_size)
     held_out = np.arange(len(train)) % 100 == 0
-    rest = train.some(held_out)
-    rest.draft_size = 0
-    return train.some(~held_out if len(train) > 1 else held_out), rest
+    rest = ~held_out if len(train) > 1 else held_out
+    return train.some(rest, draft_size), train.some(held_out, 0)
 
 
 def read_any(source, i):
@@ -238,15 +229,15 @@ def read_any(source, i):
     raise Mistake("100 images one after another cannot be read")
 
 
+@dataclass
 class Shuffle:
     """Endless shuffled epochs of `count` items. What stands at `position` = 0, 1, ... is a function
     of (seed, position): a resumed run sees what the uninterrupted one would, on any processes."""
 
-    def __init__(self, count, seed):
-        self.count = count
-        self.seed = seed
-        self.epoch = -1
-        self.order = None
+    count: int
+    seed: int
+    epoch: int = -1             # whose order is at hand
+    order: np.ndarray = None
 
     def __getitem__(self, position):
         epoch, place = divmod(position, self.count)
@@ -271,15 +262,14 @@ def random_crop(image, size, resize_max, flip, rng):
     return mirror(image) if flip and rng.random() < 0.5 else image
 
 
-class Crops(torch.utils.data.Dataset):
+@dataclass
+class Crops:
     """Random crops (3, H, W) of training images and their positions in `Shuffle`; each a function
     of (seed, position)."""
-
-    def __init__(self, source, config, size):
-        self.source = source
-        self.config = config
-        self.size = size
-        self.shuffle = Shuffle(len(source), config.seed)
+    source: Shapes | Folder
+    shuffle: Shuffle
+    config: TrainConfig
+    size: int
 
     def __getitem__(self, position):
         image, _ = read_any(self.source, self.shuffle[position])
@@ -467,28 +457,26 @@ def differences(old, new):
     return ", ".join(texts[:8])
 
 
+@dataclass
 class Record:
-    """What a run keeps in its folder: the checkpoint, from which it goes on, and the log.
+    """What a run keeps in its folder: the checkpoint, from which it goes on, and the log."""
+    config: object
+    kind: str           # "tokenizer" or "ar"
+    parts: dict         # modules by name, among them "model" and its average "ema"
+    optimizer: torch.optim.Optimizer
+    fixed: dict         # what must not change in a run, while settings may
+    num_images: int
 
-    kind: "tokenizer" or "ar". parts: modules by name, among them "model" and its average "ema".
-    fixed: dict of what must not change in a run, while settings may. sums: losses since the last
-    log line.
-    """
-
-    def __init__(self, config, kind, parts, optimizer, fixed, num_images):
-        self.config = config
-        self.kind = kind
-        self.parts = parts
-        self.optimizer = optimizer
+    def __post_init__(self):
         places = ("out", "data", "init_from", "tokenizer", "codes")  # of no matter where they lie
-        settings = {name: value for name, value in asdict(config).items() if name not in places}
-        self.notes = {"fixed": fixed, "settings": {**settings, "images": num_images}}
-        self.sums = defaultdict(float)
+        settings = {name: value for name, value in asdict(self.config).items() if name not in places}
+        self.settings = {**settings, "images": self.num_images}
+        self.sums = defaultdict(float)  # of losses since the last log line
         self.first_step = self.resume()
         self.began = self.saved_at = time.time()
-        size = sum(parameter.numel() for parameter in parts["model"].parameters())
-        print0(f"{kind}: {size:,} parameters, {num_images:,} training images, {world()} "
-               f"process(es), step {self.first_step} of {config.steps}")
+        size = sum(parameter.numel() for parameter in self.parts["model"].parameters())
+        print0(f"{self.kind}: {size:,} parameters, {self.num_images:,} training images, {world()} "
+               f"process(es), step {self.first_step} of {self.config.steps}")
 
     def path(self, name):
         return os.path.join(self.config.out, name)
@@ -500,9 +488,9 @@ class Record:
         if not os.path.exists(path):
             return 0
         saved = load_checkpoint(path, self.kind)
-        if changed := differences(saved.get("fixed", {}), self.notes["fixed"]):
+        if changed := differences(saved.get("fixed", {}), self.fixed):
             raise Mistake(f"{path} is of another run: {changed}; give another --out")
-        if changed := differences(saved["settings"], self.notes["settings"]):
+        if changed := differences(saved["settings"], self.settings):
             print0(f"going on with other settings: {changed}")
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
@@ -521,8 +509,9 @@ class Record:
         for name in names if rank() == 0 else ():
             check_finite(self.sums)
             states = {part: module.state_dict() for part, module in self.parts.items()}
-            checkpoint = {**pack(self.kind, self.parts["model"]), **states, **self.notes, **more,
-                          "optimizer": self.optimizer.state_dict(), "step": step}
+            checkpoint = {**pack(self.kind, self.parts["model"]), **states, **more, "step": step,
+                          "optimizer": self.optimizer.state_dict(), "fixed": self.fixed,
+                          "settings": self.settings}
             write(self.path(name), lambda file: torch.save(checkpoint, file))
             self.saved_at = time.time()
 
@@ -610,7 +599,8 @@ def main(argv=None):
     ddp = distribute(model, blocks, config, device)
 
     # Loop
-    data = load_crops(Crops(train, config, size), config, record.first_step, device)
+    crops = Crops(train, Shuffle(len(train), config.seed), config, size)
+    data = load_crops(crops, config, record.first_step, device)
     for step in range(record.first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
@@ -618,7 +608,7 @@ def main(argv=None):
         # tokens; lengths make it one over those of the batch.
         u = draw_times(config.batch, seeded(config.seed, "times", step))  # (batch,)
         lengths = group_of(u, architecture.num_groups) + 1                   # in groups
-        lengths = lengths / lengths.mean()
+        lengths *= len(lengths) / lengths.sum()  # 1 on average
 
         # Forward and backward, a micro-batch at a time
         tokens = []
