@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model_tokenizer import TOKENIZERS, Tokenizer, group_of, interpolate, sampling_schedule
 from sample import (Mistake, autocast, center_crop, digest, find_images, image_grid, join_processes,
-                    leave_processes, load_checkpoint, load_tokenizer, noise_of, pack, parse, print0,
+                    leave_processes, load_checkpoint, load_tokenizer, pack, parse, print0,
                     psnr, rank, read_image, resize_shorter, run, save_picture, seed_of, seeded,
                     spread, to_tensor, wait, world, write)
 
@@ -83,9 +83,9 @@ PRESETS = {  # name: (settings of the run, architecture)
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
         data="data/cifar10", resize_max=1.0, workers=2,
-        steps=8000, batch=128, micro_batch=128, lr=1.5e-3, lr_final=1e-4, warmup_steps=100,
-        decay_steps=4000, ema=0.998,
-        lpips=0.0, repa=0.0, reseed_after=50,
+        steps=12_000, batch=128, micro_batch=128, lr=1.5e-3, lr_final=1e-4, warmup_steps=100,
+        decay_steps=6000, ema=0.998,
+        vq=0.1, lpips=0.0, repa=0.0, reseed_after=50,
         eval_every=1000, eval_images=192), TOKENIZERS["cifar"]),
 }
 
@@ -264,8 +264,8 @@ def random_crop(image, size, resize_max, flip, rng):
 
 @dataclass
 class Crops:
-    """Random crops (3, H, W) of training images and their positions in `Shuffle`; each a function
-    of (seed, position)."""
+    """Random crops (3, H, W) of training images in the order of `Shuffle`; each a function of
+    (seed, position)."""
     source: Shapes | Folder
     shuffle: Shuffle
     config: TrainConfig
@@ -275,7 +275,7 @@ class Crops:
         image, _ = read_any(self.source, self.shuffle[position])
         rng = np.random.default_rng(seed_of(self.config.seed, "crop", position))
         crop = random_crop(image, self.size, self.config.resize_max, self.config.flip, rng)
-        return to_tensor(crop), position
+        return to_tensor(crop)
 
 
 def passes_of(config):
@@ -556,7 +556,7 @@ def draw_times(batch, generator):
 
 
 def load_crops(crops, config, first_step, device):
-    """Images (micro, 3, H, W) and positions (micro,) of this process from a step on."""
+    """Images (micro, 3, H, W) of this process from a step on."""
     mine = chain.from_iterable(positions(config, i) for i in range(first_step, config.steps))
     return iter(torch.utils.data.DataLoader(
         crops, config.batch // world() // passes_of(config), sampler=mine,
@@ -604,24 +604,25 @@ def main(argv=None):
     for step in range(record.first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
-        # Times of the whole batch, in all processes alike. The VQ loss of a pass is a mean over its
-        # tokens; lengths make it one over those of the batch.
+        # Times and noise of the whole batch, in all processes alike. The VQ loss of a pass is a mean
+        # over its tokens; lengths make it one over those of the batch.
         u = draw_times(config.batch, seeded(config.seed, "times", step))  # (batch,)
-        lengths = group_of(u, architecture.num_groups) + 1                   # in groups
+        noise = torch.randn(config.batch, *shown.shape[1:], device=device,
+                            generator=seeded(config.seed, "noise", step, device=device))
+        lengths = group_of(u, architecture.num_groups) + 1  # in groups
         lengths *= len(lengths) / lengths.sum()  # 1 on average
 
         # Forward and backward, a micro-batch at a time
         tokens = []
         for i in range(passes):
-            images, places = next(data)                             # (micro, 3, H, W)
-            images = images.to(device, non_blocking=True)
-            noise = noise_of(config.seed, "noise", places.tolist(), images.shape[1:], device)
-            places = places % config.batch                                   # in this step's batch
+            images = next(data).to(device, non_blocking=True)  # (micro, 3, H, W)
+            first = (rank() * passes + i) * len(images)
+            part = slice(first, first + len(images))  # of the whole batch
             if world() > 1:
                 ddp.require_backward_grad_sync = i == passes - 1
             with autocast(device):
-                output = ddp(images, u[places].to(device), noise)
-                losses = {"flow": output.flow_loss, "vq": output.vq_loss * lengths[places].mean()}
+                output = ddp(images, u[part].to(device), noise[part])
+                losses = {"flow": output.flow_loss, "vq": output.vq_loss * lengths[part].mean()}
                 for name, network in networks.items():
                     losses[name] = network(output, images)
                 loss = sum(weights[name] * value for name, value in losses.items())  # Eq. 7
