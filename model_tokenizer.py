@@ -53,6 +53,7 @@ class TokenizerConfig:
     head_dim: int = 64           # d, width of one attention head (released code)
     max_tokens: int = 1024       # rows in the query and position tables (released code)
     init_std: float = 0.02       # of linear weights and positions (released code)
+    modulation_std: float = 0.0  # of the weights of shift, scale and gate (released code)
     # Method
     sigma: float = 0.6           # standard deviation the data is scaled by (released code)
     beta: float = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
@@ -80,22 +81,22 @@ TOKENIZERS = {
     # none after the paper's REPA tap at 8, so the head reads after block 6.
     "light": TokenizerConfig(
         encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_depth=8, repa_depth=6),
-    # For the built-in pictures: 8 groups of 4 tokens. In so narrow a model, weights that start at
+    # For the built-in pictures: 8 groups of 2 tokens. In so narrow a model, weights that start at
     # 0.02 weaken the signal so much that for long the tokens tell nothing: init_std is about
-    # 1 / sqrt(width).
+    # 1 / sqrt(width). They tell something much sooner where modulation starts above 0.
     "toy": TokenizerConfig(
-        image_size=24, num_tokens=32, codebook_size=512,
-        patch_size=6, encoder_width=96, encoder_depth=3,
+        image_size=16, num_tokens=16, codebook_size=512,
+        patch_size=4, encoder_width=96, encoder_depth=2,
         decoder_width=96, decoder_depth=2,
-        diffusion_width=96, diffusion_depth=4, diffusion_patch=4,
-        head_dim=16, max_tokens=32, init_std=0.1, beta=4.0, repa_depth=0),
+        diffusion_width=96, diffusion_depth=3, diffusion_patch=4, head_dim=16, max_tokens=16,
+        init_std=0.1, modulation_std=0.02, beta=4.0, repa_depth=0),
     # For photographs of 32 pixels: 8 groups of 8 tokens
     "cifar": TokenizerConfig(
         image_size=32, num_tokens=64, codebook_size=1024,
         patch_size=4, encoder_width=128, encoder_depth=4,
         decoder_width=128, decoder_depth=3,
         diffusion_width=128, diffusion_depth=5, diffusion_patch=4,
-        head_dim=32, max_tokens=64, init_std=0.09, repa_depth=0),
+        head_dim=32, max_tokens=64, init_std=0.09, modulation_std=0.02, repa_depth=0),
 }
 
 
@@ -490,7 +491,7 @@ class Tokenizer(nn.Module):
         with torch.no_grad():
             self.quantizer.codebook.copy_(F.normalize(self.quantizer.codebook, dim=-1))
         for block in self.diffusion.blocks:
-            nn.init.zeros_(block.modulation.weight)
+            nn.init.normal_(block.modulation.weight, std=self.config.modulation_std)
         nn.init.zeros_(self.diffusion.to_pixels.weight)
 
     def forward(self, images, u, noise):

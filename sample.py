@@ -445,10 +445,14 @@ def read_image(path, draft_size=0):
 
 
 def to_rgb(image):
-    """8-bit RGB of an image of any mode; 16-bit ones are scaled, not cut."""
+    """8-bit RGB of an image of any mode; 16-bit ones are scaled, not cut, transparent ones lie on
+    white."""
     if image.mode.startswith("I"):
         pixels = np.array(image) / 256
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -470,9 +474,8 @@ def from_uint8(pixels):
 
 
 def spread(count, total):
-    """`count` of `total` numbers, from all over the list; all where it is shorter."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]
+    """Up to `count` of `total` numbers, always the same ones, from all over the list."""
+    return sorted(np.random.default_rng(0).permutation(total)[:count].tolist())
 
 
 def psnr(decoded, images):

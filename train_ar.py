@@ -74,7 +74,7 @@ PRESETS = {
     "paper": (TrainConfig(),),
     "toy": (TrainConfig(
         data="shapes", size="toy", views=1, workers=0,
-        steps=600, batch=64, lr=2e-3, lr_final=1e-4, warmup_steps=50, decay_steps=400, ema=0.98,
+        steps=400, batch=64, lr=2e-3, lr_final=1e-4, warmup_steps=50, decay_steps=250, ema=0.98,
         dropout=0.0, cfg_end=3.0, eval_every=300),),
     "cifar": (TrainConfig(
         data="data/cifar10", size="cifar", views=2, workers=2,
@@ -122,8 +122,8 @@ class Views:
 
 @torch.no_grad()
 def encode_all(tokenizer, views, numbers, workers):
-    """Rows (n, 1 + views * N) uint16 of images by number: the label, then the tokens of all crops,
-    made in float32."""
+    """Rows (n, 1 + views * N) of images by number: the label, then the tokens of all crops, made in
+    float32; uint16 where that is enough."""
     device = tokenizer.quantizer.codebook.device
     loader = torch.utils.data.DataLoader(
         views, max(1, 128 // views.views), sampler=numbers, num_workers=workers,
@@ -133,7 +133,8 @@ def encode_all(tokenizer, views, numbers, workers):
         tokens = tokenizer.encode(images.flatten(0, 1).to(device, non_blocking=True))
         tokens = tokens.cpu().view(len(labels), -1)                 # (n, views * N)
         rows.append(torch.cat([labels[:, None], tokens], 1))
-    return torch.cat(rows).numpy().astype(np.uint16)
+    most = max(tokenizer.config.codebook_size, len(views.source.classes))
+    return torch.cat(rows).numpy().astype(np.uint16 if most <= 2 ** 16 else np.int32)
 
 
 def read_codes(config, tokenizer, train):

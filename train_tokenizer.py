@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,7 +78,7 @@ PRESETS = {  # name: (settings of the run, architecture)
     "light": (TrainConfig(steps=50_000, batch=256, micro_batch=64), TOKENIZERS["light"]),  # App. III
     "toy": (TrainConfig(
         data="shapes", resize_max=1.0, flip=False, workers=0,
-        steps=2800, batch=32, lr=2e-3, lr_final=1e-4, warmup_steps=50, decay_steps=1600, ema=0.99,
+        steps=1700, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=900, ema=0.98,
         vq=0.1, lpips=0.0, repa=0.0, reseed_after=20,
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
@@ -92,18 +92,20 @@ PRESETS = {  # name: (settings of the run, architecture)
 
 # ---- Built-in pictures ---------------------------------------------------------------------------
 
-SHAPES = {  # corners, radius between two corners (1 at them), turn in degrees
-    "circle": (24, 1.0, 0), "triangle": (3, 0.5, 0), "wedge": (3, 0.5, 180),
-    "square": (4, 0.71, 45), "diamond": (4, 0.71, 0), "tripod": (3, 0.2, 0),
-    "spark": (4, 0.3, 0), "cross": (4, 0.3, 45), "star": (5, 0.4, 0), "flake": (8, 0.5, 0),
+SHAPES = {
+    "plus": "..#.. ..#.. ##### ..#.. ..#..", "times": "#...# .#.#. ..#.. .#.#. #...#",
+    "ring": "##### #...# #...# #...# #####", "square": "##### ##### ##### ##### #####",
+    "stripes": "##### ..... ##### ..... #####", "columns": "#.#.# #.#.# #.#.# #.#.# #.#.#",
+    "window": "##.## ##.## ..... ##.## ##.##", "tent": "..#.. ..#.. .###. .###. #####",
+    "heart": ".#.#. ##### ##### .###. ..#..", "corner": "##### ##### ##... ##... ##...",
 }
 
 
 @dataclass
 class Shapes:
     """Pictures drawn by code. Picture i is a function of i alone and shows the shape of class
-    i mod 10 before a ground of four colours, one a corner. These five colours vary, and a little
-    the place and size, so that late tokens, too, have something to tell."""
+    i mod 10 in one of six colours before a grey ground. The shades vary, and a little the place and
+    size, so that late tokens, too, have something to tell."""
     first: int
     count: int
     size: int  # pixels a side
@@ -116,20 +118,17 @@ class Shapes:
         rng = np.random.default_rng((0, self.first + i))
         label = (self.first + i) % len(self.classes)
 
-        def colour(dark, bright):  # red, yellow, green, cyan, blue, magenta
-            hue = 60 * rng.integers(6) + rng.integers(12)
-            return ImageColor.getrgb(f"hsv({hue},85%,{rng.integers(dark, bright)}%)")
-
         side = 4 * self.size  # drawn 4 times larger, then averaged
-        ground = np.array([colour(25, 60) for _ in range(4)], np.uint8).reshape(2, 2, 3)
+        ground = rng.integers(80, size=(2, 2), dtype=np.uint8)  # greys, one a corner
         picture = Image.fromarray(ground).resize((side, side), Image.Resampling.BILINEAR)
-        corners, inner, turn = SHAPES[self.classes[label]]
-        k = np.arange(2 * corners)
-        angles = np.pi * (k / corners + turn / 180)
-        radii = side * rng.uniform(0.34, 0.4) * np.where(k % 2, inner, 1.0)
-        x, y = side * rng.uniform(0.47, 0.53, 2)
-        outline = np.stack([x + radii * np.sin(angles), y - radii * np.cos(angles)], 1)
-        ImageDraw.Draw(picture).polygon(outline.flatten().tolist(), colour(85, 100))
+        picture = picture.convert("RGB")
+        rows = SHAPES[self.classes[label]].split()
+        mask = Image.fromarray(np.array([[cell == "#" for cell in row] for row in rows]))
+        size = int(side * rng.uniform(0.65, 0.8))
+        left, top = ((side - size) * rng.uniform(0.35, 0.65, 2)).astype(int).tolist()
+        hue = 60 * rng.integers(6) + rng.integers(12)  # red, yellow, green, cyan, blue, magenta
+        colour = ImageColor.getrgb(f"hsv({hue},85%,{rng.integers(85, 101)}%)")
+        picture.paste(colour, (left, top), mask.resize((size, size)))
         return picture.resize((self.size, self.size), Image.Resampling.BOX), label
 
 
@@ -160,7 +159,10 @@ class Folder:
                           f"--data {os.path.join(root, *folders.values())}")
         if unknown := {*folders} - {*self.classes}:
             raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
-        names = [name for name in find_images(root, quiet=rank() > 0) if os.sep in name]
+        found = find_images(root, quiet=rank() > 0)
+        names = [name for name in found if os.sep in name]
+        if len(names) < len(found):
+            print0(f"{root}: left out {len(found) - len(names)} images in no class's folder")
         of = [normalised(name.split(os.sep)[0]) for name in names]
         if empty := {*folders} - {*of}:
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
@@ -198,7 +200,7 @@ def open_data(data, size, draft_size=0):
     usual name, held-out folders of classes; or a folder of classes. Where nothing is held out,
     every 100th image is. draft_size: of the training images, see `read_image`."""
     if data == "shapes":
-        return Shapes(0, 20_000, size), Shapes(1_000_000, 1_000, size)
+        return Shapes(0, 10_000, size), Shapes(1_000_000, 1_000, size)
     if not os.path.isdir(data):
         raise Mistake(f"no folder {data}; give --data DIR with one sub-folder of images a class, "
                       "or --preset toy for the built-in pictures")
