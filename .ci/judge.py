@@ -61,7 +61,7 @@ class Judge:
             self.cnn.load_state_dict(torch.load(path, weights_only=True))
         else:
             images, labels = stack(self.train, 6000 if self.toy else 50_000, size)
-            fit(self.cnn, images, labels, 4 if self.toy else 8, mirrored=not self.toy)
+            fit(self.cnn, images, labels, 4 if self.toy else 8, not self.toy)
             os.makedirs("out", exist_ok=True)
             torch.save(self.cnn.state_dict(), path)
         self.cnn.eval()
@@ -82,11 +82,11 @@ class Judge:
 
 
 @torch.enable_grad()
-def fit(model, inputs, labels, epochs, lr=2e-3, mirrored=False):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+def fit(model, images, labels, epochs, mirrored):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(epochs):
-        for part in torch.randperm(len(inputs), device=DEVICE).split(64):
-            batch = inputs[part]
+        for part in torch.randperm(len(images), device=DEVICE).split(64):
+            batch = images[part]
             if mirrored:  # half of the images
                 batch = torch.where(torch.rand(len(part), 1, 1, 1, device=DEVICE) < 0.5, batch,
                                     batch.flip(3))
@@ -96,18 +96,19 @@ def fit(model, inputs, labels, epochs, lr=2e-3, mirrored=False):
 
 
 def probe(judge, tokenizer):
-    """Accuracy in % of one linear layer on the mean of the condition tokens of the first k groups,
-    on held-out images, for each k."""
+    """Accuracy in %, on held-out images, of one linear layer on the mean of the condition tokens of
+    the first k groups, for each k; the layer is the least-squares one."""
     images, labels = stack(judge.train, 5000, judge.size)
     config = tokenizer.config
     conds = [in_parts(lambda part: tokenizer.condition(tokenizer.encode(part)), some)
              for some in (images, judge.images)]
     accuracies = []
     for k in range(1, config.num_groups + 1):
-        train, test = (cond[:, :k * config.group_size].mean(1) for cond in conds)
-        layer = nn.Linear(train.shape[1], len(judge.classes)).to(DEVICE)
-        fit(layer, train, labels, 30)
-        accuracies.append(100 * (layer(test).argmax(1) == judge.labels).float().mean().item())
+        train, test = (F.pad(cond[:, :k * config.group_size].mean(1), (0, 1), value=1.0).cpu()
+                       for cond in conds)
+        layer = torch.linalg.lstsq(train, F.one_hot(labels.cpu()).float()).solution
+        found = (test @ layer).argmax(1)
+        accuracies.append(100 * (found == judge.labels.cpu()).float().mean().item())
     return accuracies
 
 
