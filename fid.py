@@ -371,7 +371,7 @@ def check_sides(reference, samples):
     """Raises a Mistake for sides that cannot be measured, and warns of mistakes of protocol."""
     if samples.statistics:
         raise Mistake(f"{samples.path} holds statistics; the order is REFERENCE SAMPLES")
-    for side in (reference, samples):
+    for side in {reference.path: reference, samples.path: samples}.values():
         if side.count < 2 and not side.statistics:
             raise Mistake(f"{side.path} holds {side.count} images, but 2 are the least")
         if side.count != 50_000 and not side.statistics:
@@ -394,8 +394,9 @@ def main(argv=None):
         parser.error("give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE")
 
     # Sides and network
-    reference, samples = (open_folder(path) if os.path.isdir(path) else open_npz(path)
-                          for path in (args.reference, args.samples or args.reference))
+    sides = [open_folder(path) if os.path.isdir(path) else open_npz(path)
+             for path in (args.reference, args.samples) if path]
+    reference, samples = sides[0], sides[-1]
     check_sides(reference, samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_inception(args.weights).to(device)
@@ -404,7 +405,8 @@ def main(argv=None):
     b = measure(network, samples, args.batch, device)
     found = statistics_of(b)
     if args.save_stats:
-        np.savez(args.save_stats, n=samples.count, **found)
+        with open(args.save_stats, "wb") as file:
+            np.savez(file, n=samples.count, **found)
         print(args.save_stats)
         return {}
     a = measure(network, reference, args.batch, device) if reference.count else None

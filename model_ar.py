@@ -275,8 +275,8 @@ def next_logits(model, cache, x, pos, length, scale):
 
 
 def filter_logits(logits, top_k, top_p):
-    """Logits (B, V) with all but the top_k largest, and all but the smallest set of probability
-    top_p or more, at -inf. top_k = 0 and top_p = 1 keep everything."""
+    """Logits (B, V) with all but the top_k largest at -inf, and all but the likeliest ones of more
+    than probability top_p together. top_k = 0 and top_p = 1 keep everything."""
     if top_k > 0:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < smallest, -torch.inf)

@@ -77,8 +77,8 @@ class TokenizerConfig:
 
 TOKENIZERS = {
     "paper": TokenizerConfig(),  # 300M parameters (300,099,776) + 7.3M in the REPA head
-    # The ablation model of the paper's appendix III, 113M parameters. Its 8 diffusion blocks leave
-    # none after the paper's REPA tap at 8, so the head reads after block 6.
+    # The ablation model of the paper's appendix III, 113M parameters with the head. Its 8 diffusion
+    # blocks leave none after the paper's REPA tap at 8, so the head reads after block 6.
     "light": TokenizerConfig(
         encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_depth=8, repa_depth=6),
     # For the built-in pictures: 8 groups of 2 tokens. In so narrow a model, weights that start at
@@ -121,14 +121,15 @@ def group_of(u, num_groups):
 
 
 def interpolate(x1, x0, t):
-    """x_t between noise x0 and data x1, both (B, 3, H, W), at flow times t (B,). Eq. 3 and 4."""
+    """x_t between noise x0 and data x1, both (B, 3, H, W), at flow times t (B,), or (1,) for all.
+    Eq. 3 and 4."""
     t = t[:, None, None, None]
     return t * x1 + (1 - t) * x0
 
 
 def predict_image(x, v, t):
     """Estimate of x1, the preview: x_t moved along velocity v, both (B, 3, H, W), from flow times
-    t (B,) to 1."""
+    t (B,), or (1,) for all, to 1."""
     return x + (1 - t[:, None, None, None]) * v
 
 
@@ -577,7 +578,7 @@ class Tokenizer(nn.Module):
         """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
         (B, 3, H, W), the estimate of the image. The last one, after all K groups or the first
         `groups`, is the image that `decode` with steps = K gives. A preview costs no call of the
-        diffusion decoder. noise, solver: as in `decode`. Sec. 3.3.
+        diffusion decoder. noise: (B, 3, H, W). solver: as in `decode`. Sec. 3.3.
         """
         config = self.config
         schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta,

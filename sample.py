@@ -9,8 +9,9 @@
     torchrun --nproc_per_node=8 sample.py --ckpt F --num-images 50000 --npz samples.npz   for FID
 
 F is a checkpoint of train_ar.py, which carries its tokenizer, or one of the authors' files together
-with --tokenizer; to reconstruct, a tokenizer will do. Image i depends on the seed and i alone; but
-another --batch may round products otherwise. --stream and --reconstruct write beside --out.
+with --tokenizer; to reconstruct, a tokenizer will do. Image i depends on the seed, i and its label
+alone; but another --batch may round products otherwise. --stream and --reconstruct write beside
+--out.
 """
 import argparse
 import hashlib
@@ -189,8 +190,15 @@ def draw_layouts(pipeline):
     save_picture(config.out, image_grid(torch.cat(rows), 1 + pipeline.batch))
 
 
-def draw_many(pipeline, folder):
+def folder_of(pipeline, path, *more):
+    """Where the parts of a file are until it is whole."""
+    models = [model for model in (pipeline.ar, pipeline.tokenizer) if model is not None]
+    return f"{path}.{digest(asdict(pipeline.config), pipeline.device.type, *models, *more)}"
+
+
+def draw_many(pipeline):
     """`--npz`: all images in one file."""
+    folder = folder_of(pipeline, pipeline.config.npz, pipeline.labels)
     paths = shards(folder, len(pipeline.labels), pipeline.batch,
                    lambda numbers: to_uint8(pipeline.images(numbers)))
     if rank() == 0:
@@ -198,8 +206,10 @@ def draw_many(pipeline, folder):
         shutil.rmtree(folder)
 
 
-def reconstruct(pipeline, files, folder):
+def reconstruct(pipeline, files):
     """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
+    folder = folder_of(pipeline, pipeline.config.out, files)
+
     def make(numbers):
         photos = [read_image(files[i]) for i in numbers]
         size = pipeline.tokenizer.config.image_size
@@ -275,7 +285,7 @@ def main(argv=None):
     check_flags(config)
     device = join_processes()
     if rank() > 0 and not (config.npz or config.reconstruct):
-        return  # one process draws a picture
+        return leave_processes()  # one process draws a picture
 
     # Models; what to draw
     tokenizer = load_tokenizer(config.tokenizer or config.ckpt, device)
@@ -298,17 +308,15 @@ def main(argv=None):
     # Images
     count = len(labels or files)
     batch = count if config.stream or config.prefix else min(count, config.batch)
-    name = digest(asdict(config), labels, files, device.type, tokenizer, *filter(None, [ar]))
-    folder = f"{config.npz or config.out}.{name}"  # of unfinished work
     pipeline = Pipeline(config, ar, tokenizer, cfg, labels, batch, device)
     if config.stream:
         draw_stream(pipeline)
     elif config.prefix:
         draw_layouts(pipeline)
     elif config.reconstruct:
-        reconstruct(pipeline, files, folder)
+        reconstruct(pipeline, files)
     elif config.npz:
-        draw_many(pipeline, folder)
+        draw_many(pipeline)
     else:
         columns = len({*labels}) if 1 < len({*labels}) <= 10 else 10
         draw_grid(pipeline, min(columns, count))
@@ -392,8 +400,8 @@ def write(path, save):
 
 def shards(folder, count, size, make):
     """Paths of files that hold make(numbers) of each `size` of `count` numbers. Processes share the
-    work, and what is there is not made again: a run that was killed goes on. The folder's name
-    should hold a `digest` of all that `make` depends on."""
+    work in a folder that all nodes see, and what is there is not made again: a run that was killed
+    goes on. The folder's name should hold a `digest` of all that `make` depends on."""
     ranges = [range(i, min(i + size, count)) for i in range(0, count, size)]
     paths = [os.path.join(folder, f"{numbers.start:08d}.npy") for numbers in ranges]
     for i in range(rank(), len(ranges), world()):
@@ -432,8 +440,8 @@ def save_picture(path, image, **options):
 # ---- Pixels --------------------------------------------------------------------------------------
 
 def read_image(path, draft_size=0):
-    """The image in a file in 8-bit RGB. With a draft_size, a JPEG more than twice as large is
-    decoded at a fraction. EXIF turns are ignored, as is custom on ImageNet. Raises Mistake."""
+    """The image in a file in 8-bit RGB. With a draft_size, a large JPEG is decoded at a fraction of
+    at least twice that. EXIF turns are ignored, as is custom on ImageNet. Raises Mistake."""
     try:
         image = Image.open(path, formats=FORMATS)
         if draft_size:
@@ -463,7 +471,7 @@ def to_tensor(image):
 
 
 def to_uint8(images):
-    """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1], rounded as ADM's samples are."""
+    """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1], rounded as DiT's samples are."""
     pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -621,14 +621,16 @@ def test_one_walker_leaves_out_what_is_hidden_and_counts_what_is_no_image(tmp_pa
         save_noise(join(root, name))
     for name in ("a_dog/notes.txt", "b_cat/x.txt", "b_cat/movie.gif"):
         Path(root, name).write_text("no image")
+    save_noise(join(root, "stray.png"))
     found = []
     said = quietly(lambda: found.extend(fid.find_images(root)))
     assert found == ["a_dog/000.jpg", "a_dog/deep/er/x.TIF", "a_dog/y.jfif.tiff", "b_cat/000.jpg",
-                     "b_cat/z.webp"]
+                     "b_cat/z.webp", "stray.png"]
     assert "left out 1 x .gif, 2 x .txt" in said
-    assert len(train_tokenizer.Folder(root)) == 5
+    said = quietly(lambda: found.append(len(train_tokenizer.Folder(root))))
+    assert found[-1] == 5 and "left out 1 images in no class's folder" in said
     said = draw("--reconstruct", root, "--out", tmp_path / "r.png")
-    assert "over 5 images" in said and "left out" in said
+    assert "over 6 images" in said and "left out" in said
 
 
 def test_files_of_many_kinds_are_read_or_refused_by_name(tmp_path):
@@ -640,7 +642,7 @@ def test_files_of_many_kinds_are_read_or_refused_by_name(tmp_path):
             ("a.jpg.png", True, "JPEG", good), ("a.webp", True, "WEBP", good),
             ("a.tif", True, "TIFF", good), ("deep.png", True, "PNG", Image.fromarray(deep)),
             ("cmyk.jpg", True, "JPEG", good.convert("CMYK")),
-            ("alpha.png", True, "PNG", good.convert("RGBA"))):
+            ("alpha.png", True, "PNG", Image.new("RGBA", (40, 50)))):
         path = join(tmp_path, name)
         image.save(path, kind)
         if "half" in name:
@@ -650,6 +652,7 @@ def test_files_of_many_kinds_are_read_or_refused_by_name(tmp_path):
             assert image.mode == "RGB" and sample.center_crop(image, 32).size == (32, 32), path
         else:
             raises(Mistake, f"{path} cannot be read", sample.read_image, path)
+    assert np.array(sample.read_image(join(tmp_path, "alpha.png"))).min() == 255  # lies on white
     path = join(tmp_path, "deep.png")
     for image in (sample.read_image(path), sample.center_crop(Image.open(path), 32)):
         assert 100 < np.array(image).mean() < 155  # not white: 16 bits are scaled, not cut
@@ -675,10 +678,8 @@ def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(t
 
 
 def test_an_epoch_shows_each_item_once_and_processes_share_the_positions_of_a_step():
-    shuffle = train_tokenizer.Shuffle(10, 0)
-    order = [shuffle[i] for i in range(20)]
+    order = [train_tokenizer.item_at(i, 10, 0) for i in range(20)]
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
-    assert train_tokenizer.Shuffle(10, 0)[13] == order[13]
     config = train_tokenizer.TrainConfig(batch=8, micro_batch=2)
     seen = []
     for rank in (0, 1):
@@ -691,15 +692,14 @@ def test_an_epoch_shows_each_item_once_and_processes_share_the_positions_of_a_st
 
 def test_the_autoregressive_model_sees_a_view_of_each_image_by_position(tmp_path):
     codes = np.arange(30 * (1 + 10 * 4), dtype=np.uint16).reshape(30, -1)
-    shuffle = train_tokenizer.Shuffle(30, 0)
     with mock.patch.object(train_ar, "SHARD", 8):
         shards = [codes[i:i + 8] for i in range(0, 30, 8)]
-        labels, tokens = train_ar.read_batch(shards, shuffle, range(40, 48), 4)
-        parts = [train_ar.read_batch(shards, shuffle, part, 4)
+        labels, tokens = train_ar.read_batch(shards, 30, 0, range(40, 48), 4)
+        parts = [train_ar.read_batch(shards, 30, 0, part, 4)
                  for part in (range(40, 43), range(43, 48))]
     assert torch.equal(torch.cat([part[1] for part in parts]), tokens)
     for place, label, some in zip(range(40, 48), labels.tolist(), tokens.tolist()):
-        row = codes[shuffle[place]].tolist()
+        row = codes[train_tokenizer.item_at(place, 30, 0)].tolist()
         assert label == row[0] and some in [row[i:i + 4] for i in range(1, 41, 4)]
 
 
@@ -728,7 +728,7 @@ def test_unused_codebook_rows_are_reseeded():
     assert use.idle.tolist() == [0, 0, 3, 3] and use.share(2) == 0.5
     first, second = torch.zeros(4, 8), torch.ones(4, 8)
     z = torch.randn(2, 3, 8)
-    use.reseed(3, z, torch.Generator().manual_seed(0), [first, second])
+    use.reseed(z, torch.Generator().manual_seed(0), 3, [first, second])
     assert first[:2].abs().max() == 0 and (second[:2] == 1).all()
     distances = torch.cdist(first[2:], F.normalize(z.flatten(0, 1), dim=-1))
     assert distances.min(1).values.max() < 1e-3  # cdist's own rounding
@@ -847,7 +847,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
 def test_another_run_is_refused_by_what_differs_and_other_settings_are_printed(tmp_path):
     for name, flags, text in (
             ("tokenizer", ["--beta", "5"], "is of another run: beta 5.0 (was 4.0)"),
-            ("ar", ["--tokenizer", small_checkpoint()], "is of another run: num_tokens 16")):
+            ("ar", ["--tokenizer", small_checkpoint()], "is of another run: vocab_size 64 (was 32)")):
         raises(Mistake, text, train, name, trained(name), *flags)
     said = train("tokenizer", trained("tokenizer"), "--lr", "0.5", "--seed", "3")
     assert "going on with other settings: seed 3 (was 0)" in said or "lr 0.5 (was 0.002)" in said
@@ -996,6 +996,9 @@ def test_codes_go_on_where_they_were_killed(tmp_path):
     for other in (replace(config, flip=False), replace(config, views=2)):
         quietly(train_ar.read_codes, other, tokenizer, data)
     assert len(os.listdir(tmp_path)) == 3  # each in a folder of its own
+    assert codes.dtype == np.uint16
+    data.classes = range(70_000)  # of faces, say
+    assert train_ar.encode_all(tokenizer, views, [0], 0).dtype == np.int32
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -1238,7 +1241,7 @@ def test_ten_lines_of_the_readme_run(tmp_path):
     sample.image_grid(pictures(1), 1).save(tmp_path / "photo.jpg")
     with contextlib.chdir(tmp_path):
         exec(ten_lines, {})
-        assert Image.open("four.png").size == (4 * 48 + 6, 48)
+        assert Image.open("four.png").size == (4 * 64 + 6, 64)
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------

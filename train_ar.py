@@ -21,9 +21,9 @@ from torch import nn
 from model_ar import AR, SIZES
 from sample import (Mistake, autocast, center_crop, digest, image_grid, join_processes,
                     leave_processes, load_ar, load_checkpoint, load_tokenizer, pack, parse, print0,
-                    rank, resize_shorter, run, save_picture, seed_of, seeded, shards, spread,
+                    rank, run, save_picture, seed_of, seeded, shards, spread,
                     to_tensor, world)
-from train_tokenizer import (Record, Shuffle, distribute, make_optimizer, mirror, open_data,
+from train_tokenizer import (Record, distribute, item_at, make_optimizer, mirror, open_data,
                              passes_of, positions, read_any, set_lr, update_ema)
 
 
@@ -90,14 +90,15 @@ CORNERS_AND_CENTRE = ((0, 0), (2, 0), (0, 2), (2, 2), (1, 1))  # in halves of wh
 
 
 def crop_views(image, size, views, flip):
-    """The fixed crops of size x size pixels. 10: the corners and the centre after the shorter side
-    is resized to 1.1 x size (281 for 256), and their mirrors. 2: the centre, mirrored. 1: the
-    centre. Without `flip`, none is mirrored, and there are half as many."""
+    """The fixed crops of size x size pixels. 10: the corners and the centre of the centred square
+    of 1.1 x size (281 for 256), and their mirrors. 2: the centre and its mirror. 1: the centre.
+    Without `flip`, there are no mirrors."""
     crops = []
     if views == 10:
-        image = resize_shorter(image, int(1.1 * size))
+        image = center_crop(image, int(1.1 * size))
+        rest = image.width - size
         for x, y in CORNERS_AND_CENTRE:
-            left, top = (image.width - size) * x // 2, (image.height - size) * y // 2
+            left, top = rest * x // 2, rest * y // 2
             crops.append(image.crop((left, top, left + size, top + size)))
     else:
         crops.append(center_crop(image, size))
@@ -142,19 +143,20 @@ def read_codes(config, tokenizer, train):
     which the first call writes. The folder is named after the tokenizer and the images' names; other
     images under the same names need another --codes."""
     views = Views(train, tokenizer.config.image_size, config.views, config.flip)
-    name = digest(tokenizer, train, config.views, config.flip)
+    name = digest(tokenizer, repr(train), config.views, config.flip)
     paths = shards(os.path.join(config.codes, name), len(train), SHARD,
                    lambda numbers: encode_all(tokenizer, views, numbers, config.workers))
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
-def read_batch(codes, shuffle, places, num_tokens):
-    """Labels (n,) and tokens (n, N) int64 of what stands at some positions, a random view each."""
-    numbers = [shuffle[place] for place in places]
+def read_batch(codes, count, seed, places, num_tokens):
+    """Labels (n,) and tokens (n, N) int64 of what stands at some positions, see `item_at`, a random
+    view each."""
+    numbers = [item_at(place, count, seed) for place in places]
     rows = np.stack([codes[i // SHARD][i % SHARD] for i in numbers])  # (n, 1 + views * N)
     rows = torch.from_numpy(rows.astype(np.int64))
     tokens = rows[:, 1:].unflatten(1, (-1, num_tokens))             # (n, views, N)
-    view = [seed_of(shuffle.seed, "view", place) % tokens.shape[1] for place in places]
+    view = [seed_of(seed, "view", place) % tokens.shape[1] for place in places]
     return rows[:, 0], tokens[torch.arange(len(rows)), torch.tensor(view)]
 
 
@@ -222,7 +224,6 @@ def main(argv=None):
     size, num_tokens = tokenizer.config.image_size, tokenizer.config.num_tokens
     train, held_out = open_data(config.data, size)
     codes = read_codes(config, tokenizer, train)
-    shuffle = Shuffle(len(train), config.seed)
     shown = spread(config.eval_images, len(held_out))
     val = encode_all(tokenizer, Views(held_out, size, 1, False), shown, config.workers)
     val = torch.from_numpy(val.astype(np.int64)).to(device)         # (n, 1 + N)
@@ -239,11 +240,12 @@ def main(argv=None):
 
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
-    fixed = {**asdict(architecture), "tokenizer": digest(tokenizer),
+    fixed = {**asdict(replace(architecture, dropout=0.0)), "tokenizer": digest(tokenizer),
              **{f"class {i}": name for i, name in enumerate(train.classes)}}
     parts = {"model": model, "ema": ema}
     record = Record(config, "ar", parts, optimizer, fixed, len(train))
     ddp = distribute(model, [*model.layers], config, device)
+    packed = pack("tokenizer", tokenizer)
 
     # Loop
     for step in range(record.first_step + 1, config.steps + 1):
@@ -251,11 +253,12 @@ def main(argv=None):
 
         # Labels and tokens; all processes draw for the whole batch which labels are dropped
         mine = positions(config, step - 1)
-        labels, tokens = read_batch(codes, shuffle, mine, num_tokens)  # (n,), (n, N)
+        labels, tokens = read_batch(codes, len(train), config.seed, mine, num_tokens)
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
-        dropped = dropped[torch.tensor(mine) % config.batch] < config.class_dropout
-        labels = labels.masked_fill(dropped, architecture.num_classes).to(device)
-        tokens = tokens.to(device)
+        dropped = dropped[mine.start % config.batch:][:len(mine)] < config.class_dropout
+        labels = labels.masked_fill(dropped, architecture.num_classes)
+        labels = labels.to(device, non_blocking=True)               # (n,)
+        tokens = tokens.to(device, non_blocking=True)               # (n, N)
         torch.manual_seed(seed_of(config.seed, "dropout", step, rank()))
 
         # Forward and backward, a micro-batch at a time
@@ -280,7 +283,7 @@ def main(argv=None):
             record.log(step=step, **evaluate(ema, val[:, 0], val[:, 1:]))
             save_picture(record.path(f"samples_{step:06d}.png"),
                          draw_samples(ema, tokenizer, config))
-        record.save(step, classes=train.classes, tokenizer=pack("tokenizer", tokenizer))
+        record.save(step, classes=train.classes, tokenizer=packed)
     leave_processes()
 
 

@@ -10,6 +10,7 @@ below is a flag. The same command goes on where a run was killed, from out/token
 it had not been: with the images, times and noise that it would have seen.
 """
 import copy
+import functools
 import json
 import math
 import os
@@ -180,6 +181,7 @@ class Folder:
         return part
 
     def __repr__(self):
+        """Stands for the images, by their names."""
         return digest(self.names.tobytes())
 
     def __len__(self):
@@ -231,23 +233,17 @@ def read_any(source, i):
     raise Mistake("100 images one after another cannot be read")
 
 
-@dataclass
-class Shuffle:
-    """Endless shuffled epochs of `count` items. What stands at `position` = 0, 1, ... is a function
-    of (seed, position): a resumed run sees what the uninterrupted one would, on any processes."""
+@functools.lru_cache(1)
+def order_of(count, seed, epoch):
+    return np.random.default_rng(seed_of(seed, "order", epoch)).permutation(count)
 
-    count: int
-    seed: int
-    epoch: int = -1             # whose order is at hand
-    order: np.ndarray = None
 
-    def __getitem__(self, position):
-        epoch, place = divmod(position, self.count)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            rng = np.random.default_rng(seed_of(self.seed, "order", epoch))
-            self.order = rng.permutation(self.count)
-        return int(self.order[place])
+def item_at(position, count, seed):
+    """The item at `position` = 0, 1, ... of endless shuffled epochs of `count` items. It is a
+    function of its arguments: a resumed run sees what the uninterrupted one would, on any
+    processes."""
+    epoch, place = divmod(position, count)
+    return int(order_of(count, seed, epoch)[place])
 
 
 def mirror(image):
@@ -266,18 +262,17 @@ def random_crop(image, size, resize_max, flip, rng):
 
 @dataclass
 class Crops:
-    """Random crops (3, H, W) of training images in the order of `Shuffle`; each a function of
+    """Random crops (3, H, W) of training images in the order of `item_at`; each a function of
     (seed, position)."""
     source: Shapes | Folder
-    shuffle: Shuffle
     config: TrainConfig
     size: int
 
     def __getitem__(self, position):
-        image, _ = read_any(self.source, self.shuffle[position])
-        rng = np.random.default_rng(seed_of(self.config.seed, "crop", position))
-        crop = random_crop(image, self.size, self.config.resize_max, self.config.flip, rng)
-        return to_tensor(crop)
+        config = self.config
+        image, _ = read_any(self.source, item_at(position, len(self.source), config.seed))
+        rng = np.random.default_rng(seed_of(config.seed, "crop", position))
+        return to_tensor(random_crop(image, self.size, config.resize_max, config.flip, rng))
 
 
 def passes_of(config):
@@ -291,7 +286,7 @@ def passes_of(config):
 
 
 def positions(config, step):
-    """Positions in `Shuffle` of this process in a step."""
+    """Positions of this process in a step, see `item_at`."""
     share = config.batch // world()
     first = step * config.batch + rank() * share
     return range(first, first + share)
@@ -361,11 +356,11 @@ class CodebookUse(nn.Module):
         self.idle = torch.where(used > 0, 0, self.idle + 1)
 
     def share(self, window):
-        """Share of the codebook used in the last `window` steps."""
-        return (self.idle < window).float().mean().item()
+        """Share () of the codebook used in the last `window` steps."""
+        return (self.idle < window).float().mean()
 
     @torch.no_grad()
-    def reseed(self, after, z, generator, codebooks):
+    def reseed(self, z, generator, after, codebooks):
         """Sets rows that have gone unused for `after` steps, and again after as many, to random
         rows of z (B, N, C), in all `codebooks` (V, C), on all processes alike."""
         z = F.normalize(z.flatten(0, 1).float(), dim=-1)
@@ -470,7 +465,7 @@ class Record:
     num_images: int
 
     def __post_init__(self):
-        places = ("out", "data", "init_from", "tokenizer", "codes")  # of no matter where they lie
+        places = ("out", "data", "init_from", "tokenizer", "codes")  # where things lie may change
         settings = {name: value for name, value in asdict(self.config).items() if name not in places}
         self.settings = {**settings, "images": self.num_images}
         self.sums = defaultdict(float)  # of losses since the last log line
@@ -501,21 +496,23 @@ class Record:
         return saved["step"]
 
     def save(self, step, **more):
-        """Writes last.pt when it is due, by the clock or at the end, and checkpoints that stay.
-        Raises a Mistake where a loss is not finite."""
-        config, names = self.config, []
-        if step == config.steps or time.time() >= self.saved_at + 60 * config.save_minutes:
-            names.append("last.pt")
-        if config.keep_every and step % config.keep_every == 0:
-            names.append(f"step_{step}.pt")
-        for name in names if rank() == 0 else ():
-            check_finite(self.sums)
-            states = {part: module.state_dict() for part, module in self.parts.items()}
-            checkpoint = {**pack(self.kind, self.parts["model"]), **states, **more, "step": step,
-                          "optimizer": self.optimizer.state_dict(), "fixed": self.fixed,
-                          "settings": self.settings}
-            write(self.path(name), lambda file: torch.save(checkpoint, file))
-            self.saved_at = time.time()
+        """In the first process, writes last.pt when it is due: by the clock, at the end, and every
+        `keep_every` steps, when another name for it stays. Raises a Mistake where a loss is not
+        finite."""
+        config = self.config
+        keep = config.keep_every and step % config.keep_every == 0
+        due = time.time() >= self.saved_at + 60 * config.save_minutes
+        if rank() > 0 or not (due or keep or step == config.steps):
+            return
+        check_finite(self.sums)
+        states = {part: module.state_dict() for part, module in self.parts.items()}
+        checkpoint = {**pack(self.kind, self.parts["model"]), **states, **more, "step": step,
+                      "optimizer": self.optimizer.state_dict(), "fixed": self.fixed,
+                      "settings": self.settings}
+        write(self.path("last.pt"), lambda file: torch.save(checkpoint, file))
+        if keep and not os.path.exists(self.path(f"step_{step}.pt")):
+            os.link(self.path("last.pt"), self.path(f"step_{step}.pt"))
+        self.saved_at = time.time()
 
     def log_means(self, step, **more):
         """When a line is due, logs means over the steps since the last one and over processes; and,
@@ -532,6 +529,7 @@ class Record:
         self.sums.clear()
         rate = (step - self.first_step) * config.batch / (time.time() - self.began)
         left = (config.steps - step) * config.batch / rate / 3600
+        more = {name: float(value) for name, value in more.items()}
         self.log(step=step, **means, images_per_s=rate, hours_left=left, **more)
 
     def log(self, **numbers):
@@ -552,9 +550,10 @@ def check_finite(numbers):
 # ---- The run -------------------------------------------------------------------------------------
 
 def draw_times(batch, generator):
-    """Times u (batch,) in [0, 1), one in each of as many equal parts: uniform, with less noise."""
-    parts = torch.randperm(batch, generator=generator)
-    return (parts + torch.rand(batch, generator=generator)) / batch
+    """Times u (batch,) in [0, 1], one in each of as many equal parts: uniform, with less noise."""
+    device = generator.device
+    parts = torch.randperm(batch, generator=generator, device=device)
+    return (parts + torch.rand(batch, generator=generator, device=device)) / batch
 
 
 def load_crops(crops, config, first_step, device):
@@ -601,18 +600,17 @@ def main(argv=None):
     ddp = distribute(model, blocks, config, device)
 
     # Loop
-    crops = Crops(train, Shuffle(len(train), config.seed), config, size)
-    data = load_crops(crops, config, record.first_step, device)
+    data = load_crops(Crops(train, config, size), config, record.first_step, device)
     for step in range(record.first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
-        # Times and noise of the whole batch, in all processes alike. The VQ loss of a pass is a mean
-        # over its tokens; lengths make it one over those of the batch.
-        u = draw_times(config.batch, seeded(config.seed, "times", step))  # (batch,)
-        noise = torch.randn(config.batch, *shown.shape[1:], device=device,
+        # Times and noise of the whole batch, in all processes alike
+        u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))  # (batch,)
+        noise = torch.randn(config.batch, 3, size, size, device=device,
                             generator=seeded(config.seed, "noise", step, device=device))
-        lengths = group_of(u, architecture.num_groups) + 1  # in groups
-        lengths *= len(lengths) / lengths.sum()  # 1 on average
+        # A pass's VQ loss, a mean over tokens, counts as its tokens over those of a mean pass.
+        lengths = group_of(u, architecture.num_groups) + 1
+        lengths *= len(lengths) / lengths.sum()
 
         # Forward and backward, a micro-batch at a time
         tokens = []
@@ -623,7 +621,7 @@ def main(argv=None):
             if world() > 1:
                 ddp.require_backward_grad_sync = i == passes - 1
             with autocast(device):
-                output = ddp(images, u[part].to(device), noise[part])
+                output = ddp(images, u[part], noise[part])
                 losses = {"flow": output.flow_loss, "vq": output.vq_loss * lengths[part].mean()}
                 for name, network in networks.items():
                     losses[name] = network(output, images)
@@ -640,9 +638,8 @@ def main(argv=None):
         update_ema(ema, model, config.ema)
         use.update(torch.cat(tokens))
         if config.reseed_after:
-            generator = seeded(config.seed, "reseed", step, device=device)
-            use.reseed(config.reseed_after, output.z, generator,
-                       [model.quantizer.codebook, ema.quantizer.codebook])
+            use.reseed(output.z, seeded(config.seed, "reseed", step, device=device),
+                       config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
         # Log, evaluate, save
         record.log_means(step, codebook=use.share(config.log_every))
