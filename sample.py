@@ -22,7 +22,6 @@ import re
 import shutil
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import cycle, islice
@@ -416,18 +415,8 @@ def shards(folder, count, size, make):
 
 
 def write_npz(path, parts):
-    """Writes uint8 arrays as one array arr_0, a part at a time."""
-    shape = (sum(map(len, parts)), *parts[0].shape[1:])
-
-    def save(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(member, header)
-                for part in parts:
-                    member.write(part.tobytes())
-
-    write(path, save)
+    """Writes uint8 arrays one after another as one array arr_0."""
+    write(path, lambda file: np.savez(file, np.concatenate(parts)))
     print(path)
 
 

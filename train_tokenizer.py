@@ -79,7 +79,7 @@ PRESETS = {  # name: (settings of the run, architecture)
     "light": (TrainConfig(steps=50_000, batch=256, micro_batch=64), TOKENIZERS["light"]),  # App. III
     "toy": (TrainConfig(
         data="shapes", resize_max=1.0, flip=False, workers=0,
-        steps=1700, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=900, ema=0.98,
+        steps=1300, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=800, ema=0.98,
         vq=0.1, lpips=0.0, repa=0.0, reseed_after=20,
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
@@ -125,7 +125,7 @@ class Shapes:
         picture = picture.convert("RGB")
         rows = SHAPES[self.classes[label]].split()
         mask = Image.fromarray(np.array([[cell == "#" for cell in row] for row in rows]))
-        size = int(side * rng.uniform(0.65, 0.8))
+        size = int(side * rng.uniform(0.8, 0.95))
         left, top = ((side - size) * rng.uniform(0.35, 0.65, 2)).astype(int).tolist()
         hue = 60 * rng.integers(6) + rng.integers(12)  # red, yellow, green, cyan, blue, magenta
         colour = ImageColor.getrgb(f"hsv({hue},85%,{rng.integers(85, 101)}%)")
