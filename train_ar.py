@@ -74,7 +74,7 @@ PRESETS = {
     "paper": (TrainConfig(),),
     "toy": (TrainConfig(
         data="shapes", size="toy", views=1, workers=0,
-        steps=600, batch=64, lr=2e-3, lr_final=1e-4, warmup_steps=50, decay_steps=400, ema=0.98,
+        steps=700, batch=64, lr=2e-3, lr_final=1e-4, warmup_steps=50, decay_steps=450, ema=0.98,
         dropout=0.0, cfg_end=3.0, eval_every=300),),
     "cifar": (TrainConfig(
         data="data/cifar10", size="cifar", views=2, workers=2,

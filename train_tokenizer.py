@@ -79,7 +79,7 @@ PRESETS = {  # name: (settings of the run, architecture)
     "light": (TrainConfig(steps=50_000, batch=256, micro_batch=64), TOKENIZERS["light"]),  # App. III
     "toy": (TrainConfig(
         data="shapes", resize_max=1.0, flip=False, workers=0,
-        steps=1300, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=800, ema=0.98,
+        steps=1500, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=900, ema=0.98,
         vq=0.1, lpips=0.0, repa=0.0, reseed_after=20,
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
@@ -465,9 +465,7 @@ class Record:
     num_images: int
 
     def __post_init__(self):
-        places = ("out", "data", "init_from", "tokenizer", "codes")  # where things lie may change
-        settings = {name: value for name, value in asdict(self.config).items() if name not in places}
-        self.settings = {**settings, "images": self.num_images}
+        self.settings = {**asdict(self.config), "images": self.num_images}
         self.sums = defaultdict(float)  # of losses since the last log line
         self.first_step = self.resume()
         self.began = self.saved_at = time.time()
