@@ -1228,6 +1228,8 @@ def test_importing_does_nothing_and_a_mistake_ends_a_program_with_one_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "x: no checkpoint at nowhere\n", done.stderr
+    with mock.patch.object(sys, "argv", ["x", "--ckpt", "nowhere"]):  # %run in a notebook
+        raises(SystemExit, "x: no checkpoint at nowhere", quietly, sample.run, sample.main)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         raises(SystemExit, "0", sample.main, ["--help"])
     assert "images at a time [100]" in said.getvalue()
