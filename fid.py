@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.linalg import eigvalsh, lapack
+from scipy.linalg import eigh, svdvals
 from torch import Tensor, nn
 
 WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -132,15 +132,13 @@ def mixed_17(w):
 def resize(images, size=299):
     """(B, C, size, size) of images (B, C, H, W) float32 by TensorFlow 1's bilinear rule: pixel i
     comes from i * H / size, without half-pixel offset or antialias."""
-    for axis in (3, 2):
-        length = images.shape[axis]
-        source = torch.arange(size, dtype=torch.float32, device=images.device) * (length / size)
-        low = source.long()
-        weight = (source - low).view(-1, *[1] * (3 - axis))
-        before = images.index_select(axis, low)
-        after = images.index_select(axis, (low + 1).clamp(max=length - 1))
-        images = before + (after - before) * weight
-    return images
+    def weights(length):
+        pixels = torch.arange(max(length, size), dtype=torch.float32, device=images.device)
+        source = (pixels[:size, None] * (length / size)).clamp(max=length - 1)
+        return (1 - (source - pixels[:length]).abs()).clamp(min=0)  # (size, length)
+
+    height, width = images.shape[2:]
+    return weights(height) @ images @ weights(width).T
 
 
 class InceptionV3(nn.Module):
@@ -207,14 +205,13 @@ def load_inception(path=None):
 # ---- Activations -> statistics -> distance -------------------------------------------------------
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), in float64. For any A
-    with A A^T = sigma1, the last trace is the sum of the square roots of the eigenvalues of
-    A^T sigma2 A. Pivoted Cholesky is the fastest way to an A; its columns are the rank of sigma1.
-    """
-    lower, order, rank, _ = lapack.dpstrf(sigma1, lower=1)
-    a = np.zeros((len(lower), rank))
-    a[order - 1] = np.tril(lower)[:, :rank]
-    trace = np.sqrt(eigvalsh(a.T @ sigma2 @ a).clip(0)).sum() if rank else 0.0
+    """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), in float64. For any A, B
+    with A A^T = sigma1 and B B^T = sigma2, the last trace is the sum of A^T B's singular values."""
+    def root(sigma):
+        values, vectors = eigh(sigma)
+        return vectors * np.sqrt(values.clip(0))
+
+    trace = svdvals(root(sigma1).T @ root(sigma2)).sum()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
     return max(float(distance), 0.0)
 
@@ -230,28 +227,21 @@ def inception_score(probs, split_size=5000):
     return np.mean(scores), np.std(scores)
 
 
-def distances(a, b, chunk=10_000_000):
-    """Squared distances from rows of a (N, D) to all of b (M, D), in float64, `chunk` at a time."""
-    b = b.double()
-    b_squared = b.square().sum(1)
-    for part in a.split(max(1, chunk // len(b))):
-        part = part.double()
-        squares = part.square().sum(1, keepdim=True) + b_squared    # (rows, M)
-        found = torch.addmm(squares, part, b.T, alpha=-2)
-        yield found.masked_fill_(found < 1e-12 * squares, 0)  # equal rows, but for rounding
-
-
-def precision_recall(reference, generated, k=3):
+def precision_recall(reference, generated, k=3, rows=1000):
     """The share of `generated` (M, D) in the balls around `reference` (N, D), and the reverse. A
-    ball reaches to its centre's k-th nearest other point; N and M must be above k."""
+    ball reaches to its centre's k-th nearest other point; N and M must be above k. Distances are
+    in float64, of `rows` points at a time."""
+    def distances(points, centres):
+        for part in points.split(rows):
+            yield torch.cdist(part, centres)                        # (rows, centres)
+
     def covered(points, centres):
-        radii = []
-        for part in distances(centres, centres):
-            radii.append(part.topk(k + 1, largest=False).values[:, k])  # [:, 0] is the centre
-        radii = torch.cat(radii)                                    # (centres,)
+        nearest = [part.topk(k + 1, largest=False).values for part in distances(centres, centres)]
+        radii = torch.cat(nearest)[:, k]                            # (centres,), [:, 0] is itself
         inside = [(part <= radii).any(1) for part in distances(points, centres)]
         return torch.cat(inside).double().mean().item()
 
+    reference, generated = reference.double(), generated.double()
     return covered(generated, reference), covered(reference, generated)
 
 
