@@ -84,8 +84,8 @@ PRESETS = {  # name: (settings of the run, architecture)
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
         data="data/cifar10", resize_max=1.0, workers=2,
-        steps=12_000, batch=128, micro_batch=128, lr=1.5e-3, lr_final=1e-4, warmup_steps=100,
-        decay_steps=6000, ema=0.998,
+        steps=8400, batch=64, micro_batch=64, lr=1.5e-3, lr_final=1e-4, warmup_steps=100,
+        decay_steps=2400, ema=0.998,
         vq=0.1, lpips=0.0, repa=0.0, reseed_after=50,
         eval_every=1000, eval_images=192), TOKENIZERS["cifar"]),
 }
