@@ -191,8 +191,8 @@ def draw_layouts(pipeline):
 
 def folder_of(pipeline, path, *more):
     """Where the parts of a file are until it is whole."""
-    models = [model for model in (pipeline.ar, pipeline.tokenizer) if model is not None]
-    return f"{path}.{digest(asdict(pipeline.config), pipeline.device.type, *models, *more)}"
+    settings = asdict(pipeline.config), pipeline.device.type
+    return f"{path}.{digest(pipeline.ar, pipeline.tokenizer, *settings, *more)}"
 
 
 def draw_many(pipeline):
