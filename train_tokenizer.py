@@ -83,7 +83,7 @@ PRESETS = {  # name: (settings of the run, architecture)
         vq=0.1, lpips=0.0, repa=0.0, reseed_after=20,
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
-        data="data/cifar10", resize_max=1.0, workers=2,
+        data="data/cifar10", resize_max=1.0, workers=0,
         steps=8400, batch=64, micro_batch=64, lr=1.5e-3, lr_final=1e-4, warmup_steps=100,
         decay_steps=2400, ema=0.998,
         vq=0.1, lpips=0.0, repa=0.0, reseed_after=50,
