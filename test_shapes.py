@@ -302,6 +302,7 @@ def test_decoding_and_streaming_equal_the_sampler_written_out_and_read_no_later_
             streamed = [*model.stream(tokens.split(4, 1), noise, solver, groups)]
             expected = torch.stack([*previews[:-1], x, x]) / 0.6
             close(torch.stack([*streamed, decoded]), expected, 1e-4)  # outputs of order 10
+    assert (model.decode(tokens, noise, 6) - model.decode(tokens, noise)).abs().max() > 0.1
     raises(AssertionError, "4 groups: 16 tokens", model.decode, tokens[:, :8])
 
 
@@ -517,7 +518,8 @@ def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(t
     for views in (2, 10):
         crops = [np.array(crop) for crop in train_ar.crop_views(image, 32, views, True)]
         plain = [np.array(crop) for crop in train_ar.crop_views(image, 32, views, False)]
-        assert np.array_equal(plain, crops[::2]) and len(crops) == views
+        assert np.array_equal(plain, crops[::2])
+        assert len({crop.tobytes() for crop in crops}) == views
         assert np.array_equal(np.flip(plain, 2), crops[1::2])
     # A large JPEG is decoded at a fraction for random crops, and only for them.
     save_images(tmp_path / "x", pixels, ".jpg")
@@ -896,6 +898,7 @@ def test_reconstructions_come_with_the_same_crops_and_psnr(tmp_path):
     error = ((originals / 255.0 - decoded / 255.0) ** 2).mean((1, 2, 3))
     assert f"PSNR {np.mean(-10 * np.log10(error)):.2f} dB over 10 images" in said
     draw(*flags, "--num", 4)  # spread over all
+    assert sample.spread(4, 10) != [0, 1, 2, 3]
     assert np.array_equal(samples_in(tmp_path / "r_originals.npz"), originals[sample.spread(4, 10)])
 
 
