@@ -536,11 +536,6 @@ class Tokenizer(nn.Module):
         cond_k = cond[:, first:first + self.config.group_size]      # (B, N/K, D)
         return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
-    def new_noise(self, batch):
-        """Standard normal noise x0 (B, 3, H, W)."""
-        size = self.config.image_size
-        return torch.randn(batch, 3, size, size, device=self.quantizer.codebook.device)
-
     def denoise(self, x, schedule, conds, solver):
         """Runs the steps of a schedule from noise x (B, 3, H, W); yields after each the next x and
         the preview, both times sigma. conds: an iterable of condition tokens, one for each step."""
@@ -567,9 +562,11 @@ class Tokenizer(nn.Module):
         length = groups * config.group_size
         assert length <= tokens.shape[1] <= config.num_tokens, f"{groups} groups: {length} tokens"
         schedule = sampling_schedule(steps, config.num_groups, config.beta, groups)
-        x = self.new_noise(len(tokens)) if noise is None else noise
+        if noise is None:
+            size = config.image_size
+            noise = torch.randn(len(tokens), 3, size, size, device=tokens.device)
         cond = self.condition(tokens[:, :length])                   # (B, n, D)
-        for x, _ in self.denoise(x, schedule, itertools.repeat(cond), solver):
+        for x, _ in self.denoise(noise, schedule, itertools.repeat(cond), solver):
             pass
         return x / config.sigma
 

@@ -96,7 +96,7 @@ def decode(name, batch):
     tokens = torch.zeros(batch, config.num_tokens, dtype=torch.long, device=DEVICE)
     schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta, config.num_groups)
     with FlopCounterMode(display=False) as flops, autocast(DEVICE):
-        tokenizer.velocity(tokenizer.new_noise(1), schedule[0], tokenizer.condition(tokens[:1]))
+        tokenizer.velocity(noise, schedule[0], tokenizer.condition(tokens[:1]))
     for block in tokenizer.diffusion.blocks if ON_GPU else ():
         block.compile(dynamic=False)
     with autocast(DEVICE):
