@@ -581,12 +581,8 @@ class Tokenizer(nn.Module):
         schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta,
                                      groups or config.num_groups)
 
-        def conds():
-            tokens = []
-            for group in token_groups:
-                tokens.append(group)
-                yield self.condition(torch.cat(tokens, 1))          # (B, n, D)
-
-        for k, (x, preview) in enumerate(self.denoise(noise, schedule, conds(), solver), 1):
+        tokens = itertools.accumulate(token_groups, lambda *parts: torch.cat(parts, 1))  # (B, n)
+        conds = map(self.condition, tokens)                         # (B, n, D) each
+        for k, (x, preview) in enumerate(self.denoise(noise, schedule, conds, solver), 1):
             # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
             yield (x if k == len(schedule) else preview) / config.sigma
