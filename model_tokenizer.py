@@ -147,7 +147,8 @@ def sampling_schedule(steps, num_groups, beta, groups):
     """
     u = [i / steps for i in range(steps) if group_of(i / steps, num_groups) < groups]
     times = [shift_time(x, beta) for x in u] + [1.0]
-    return [Step(times[i], times[i + 1], int(group_of(u[i], num_groups))) for i in range(len(u))]
+    chosen = [int(group_of(x, num_groups)) for x in u]
+    return [*map(Step, times, times[1:], chosen)]
 
 
 SOLVERS = ("adams2", "euler")
