@@ -490,8 +490,7 @@ class Tokenizer(nn.Module):
         nn.init.normal_(self.encoder.query_table, std=1.0)
         nn.init.trunc_normal_(self.decoder.positions, std=self.config.init_std)
         nn.init.normal_(self.quantizer.codebook)
-        with torch.no_grad():
-            self.quantizer.codebook.copy_(F.normalize(self.quantizer.codebook, dim=-1))
+        self.quantizer.codebook.data = F.normalize(self.quantizer.codebook.data, dim=-1)
         for block in self.diffusion.blocks:
             nn.init.normal_(block.modulation.weight, std=self.config.modulation_std)
         nn.init.zeros_(self.diffusion.to_pixels.weight)
