@@ -248,7 +248,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.heads(self.q(x))), rope)        # (B, h, L, d)
         k = self.k_norm(self.heads(self.k(context)))                # (B, h, M, d)
         v = self.heads(self.v(context))
-        return self.project(F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v))
+        return self.project(attend(q, k, v, num_full=q.shape[2]))
 
 
 def mlp(width, hidden):
