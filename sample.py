@@ -455,8 +455,7 @@ def to_rgb(image):
 
 def to_tensor(image):
     """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
-    pixels = np.array(to_rgb(image), dtype=np.float32)              # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    return from_uint8(to_rgb(image))
 
 
 def to_uint8(images):
