@@ -437,8 +437,7 @@ def read_image(path, draft_size=0):
             image.draft("RGB", (2 * draft_size, 2 * draft_size))
         return to_rgb(image)
     except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, bombs, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Mistake(f"{path} cannot be read as an image ({reason})") from None
+        raise Mistake(f"{path} cannot be read as an image ({error!r})") from None
 
 
 def to_rgb(image):
