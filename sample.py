@@ -191,7 +191,7 @@ def draw_layouts(pipeline):
 
 def folder_of(pipeline, path, *more):
     """Where the parts of a file are until it is whole."""
-    models = [model for model in (pipeline.ar, pipeline.tokenizer) if model is not None]
+    models = pipeline.ar, pipeline.tokenizer
     return f"{path}.{digest(asdict(pipeline.config), pipeline.device.type, *models, *more)}"
 
 
