@@ -317,8 +317,8 @@ def main(argv=None):
     elif config.npz:
         draw_many(pipeline)
     else:
-        columns = len({*labels}) if 1 < len({*labels}) <= 10 else 10
-        draw_grid(pipeline, min(columns, count))
+        columns = len({*labels})
+        draw_grid(pipeline, min(columns if columns > 1 else count, 10))
     leave_processes()
 
 
