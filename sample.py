@@ -291,8 +291,8 @@ def main(argv=None):
     ar, cfg, labels, files = None, None, [], []
     if config.reconstruct:
         names = find_images(config.reconstruct, quiet=rank() > 0)
-        names = [names[i] for i in spread(config.num_images or len(names), len(names))]
-        files = [os.path.join(config.reconstruct, name) for name in names]
+        chosen = spread(config.num_images or len(names), len(names))
+        files = [os.path.join(config.reconstruct, names[i]) for i in chosen]
     else:
         saved = load_checkpoint(config.ckpt, "ar")
         labels = labels_of(config, saved["classes"])
