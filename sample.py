@@ -112,8 +112,8 @@ class Pipeline:
     def token_groups(self, numbers, prefix=None):
         """Yields tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
         config = self.config
-        generators = [seeded(config.seed, "tokens", i) for i in numbers]
-        uniforms = [torch.rand(self.ar.config.num_tokens, generator=g) for g in generators]
+        uniforms = [torch.rand(self.ar.config.num_tokens, generator=seeded(config.seed, "tokens", i))
+                    for i in numbers]
         labels = torch.tensor([self.labels[i] for i in numbers], device=self.device)
         groups = self.ar.stream(
             labels, self.cfg, prefix, config.temperature, config.top_k, config.top_p,
@@ -131,8 +131,7 @@ class Pipeline:
     def images(self, numbers, prefix=None):
         """Images of up to a batch of numbers, after one prefix (n,) for all. All batches have one
         shape: the last number is repeated."""
-        numbers = [*numbers]
-        padded = numbers + [numbers[-1]] * (self.batch - len(numbers))
+        padded = [*numbers] + [numbers[-1]] * (self.batch - len(numbers))
         if prefix is not None:
             prefix = prefix.expand(self.batch, -1)
         tokens = torch.cat([*self.token_groups(padded, prefix)], 1)  # (B, n)
