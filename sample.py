@@ -400,15 +400,15 @@ def shards(folder, count, size, make):
     """Paths of files that hold make(numbers) of each `size` of `count` numbers. Processes share the
     work in a folder that all nodes see, and what is there is not made again: a run that was killed
     goes on. The folder's name should hold a `digest` of all that `make` depends on."""
-    ranges = [range(i, min(i + size, count)) for i in range(0, count, size)]
-    paths = [os.path.join(folder, f"{numbers.start:08d}.npy") for numbers in ranges]
-    for i in range(rank(), len(ranges), world()):
-        if not os.path.exists(paths[i]):
+    parts = [range(count)[i:i + size] for i in range(0, count, size)]
+    paths = [os.path.join(folder, f"{numbers.start:08d}.npy") for numbers in parts]
+    for numbers, path in islice(zip(parts, paths), rank(), None, world()):
+        if not os.path.exists(path):
             began = time.time()
-            rows = make(ranges[i])
-            write(paths[i], lambda file: np.save(file, rows))
-            rate = world() * len(ranges[i]) / (time.time() - began)
-            print0(f"{ranges[i].stop:,} of {count:,} images, {rate:.1f} a second")
+            rows = make(numbers)
+            write(path, lambda file: np.save(file, rows))
+            rate = world() * len(numbers) / (time.time() - began)
+            print0(f"{numbers.stop:,} of {count:,} images, {rate:.1f} a second")
     wait()
     return paths
 
