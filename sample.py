@@ -347,7 +347,7 @@ def check(config):
         flag = "--" + field.name.replace("_", "-")
         if field.type in (int, float):
             zero = field.default == 0 or field.name in MAY_BE_ZERO
-            if not (math.isfinite(value) and (value > 0 or zero and value == 0)):
+            if not (0 < value < math.inf or zero and value == 0):
                 raise Mistake(f"{flag} must be {'0 or ' * zero}a positive number, got {value}")
             if field.name in SHARES and value >= 1:
                 raise Mistake(f"{flag} must be below 1, got {value}")
@@ -373,8 +373,8 @@ def parse(presets, argv, text):
                                 help=help, **kind)
     given = vars(parser.parse_args(argv))
     configs = []
-    for part in presets[given.get("preset", first)]:
-        own = {field.name: given[field.name] for field in fields(part) if field.name in given}
+    for part in presets[given.pop("preset", first)]:
+        own = {name: value for name, value in given.items() if hasattr(part, name)}
         try:
             configs.append(replace(part, **own))
             check(configs[-1])
