@@ -242,20 +242,17 @@ def parse_cfg(text):
         raise Mistake(f"--cfg must be START:END, one number, or none, got {text!r}") from None
 
 
-def parse_labels(text, classes):
-    """Class numbers of "207,360" or of class names; "" is all classes."""
+def labels_of(config, classes):
+    """The label of each image to draw: of `--labels`, numbers or names, or of all classes in turn;
+    for `--npz`, these are shuffled."""
+    numbers = {str(i): i for i in range(len(classes))}
+    numbers.update({name: i for i, name in enumerate(classes)})
     labels = []
-    for part in text.split(",") if text else ():
-        if part not in classes and not (part.isdecimal() and int(part) < len(classes)):
+    for part in config.labels.split(",") if config.labels else classes:
+        if part not in numbers:
             raise Mistake(f"--labels: no class {part!r}; give numbers below {len(classes)} or "
                           f"names such as {', '.join(classes[:10])}")
-        labels.append(classes.index(part) if part in classes else int(part))
-    return labels or [*range(len(classes))]
-
-
-def labels_of(config, classes):
-    """The label of each image to draw: in turn; for `--npz`, these are shuffled."""
-    labels = parse_labels(config.labels, classes)
+        labels.append(numbers[part])
     single = config.stream or config.prefix
     if single and not config.labels:
         labels = labels[:10]
