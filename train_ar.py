@@ -274,7 +274,7 @@ def main(argv=None):
         # Step
         record.sums["gradient"] += nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         update_ema(ema, model, config.ema)
 
         # Log, evaluate, save

@@ -632,7 +632,7 @@ def main(argv=None):
         # Step
         record.sums["gradient"] += nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         update_ema(ema, model, config.ema)
         use.update(torch.cat(tokens))
         if config.reseed_after:
