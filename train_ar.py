@@ -22,7 +22,7 @@ from model_ar import AR, SIZES
 from sample import (Mistake, autocast, center_crop, digest, image_grid, join_processes,
                     leave_processes, load_ar, load_checkpoint, load_tokenizer, pack, parse, print0,
                     rank, run, save_picture, seed_of, seeded, shards, spread,
-                    to_tensor, world)
+                    to_tensor)
 from train_tokenizer import (Record, distribute, item_at, make_optimizer, mirror, open_data,
                              passes_of, positions, read_any, set_lr, update_ema)
 
@@ -263,8 +263,7 @@ def main(argv=None):
 
         # Forward and backward, a micro-batch at a time
         for i in range(passes):
-            if world() > 1:
-                ddp.require_backward_grad_sync = i == passes - 1
+            ddp.require_backward_grad_sync = i == passes - 1  # which only DDP reads
             with autocast(device):
                 loss, accuracy = token_loss(ddp, labels.chunk(passes)[i], tokens.chunk(passes)[i])
             (loss / passes).backward()

@@ -616,8 +616,7 @@ def main(argv=None):
             images = next(data).to(device, non_blocking=True)  # (micro, 3, H, W)
             first = (rank() * passes + i) * len(images)
             part = slice(first, first + len(images))  # of the whole batch
-            if world() > 1:
-                ddp.require_backward_grad_sync = i == passes - 1
+            ddp.require_backward_grad_sync = i == passes - 1  # which only DDP reads
             with autocast(device):
                 output = ddp(images, u[part], noise[part])
                 losses = {"flow": output.flow_loss, "vq": output.vq_loss * lengths[part].mean()}
