@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import ImageOps
 from torch import nn
 
 from model_ar import AR, SIZES
@@ -23,8 +24,8 @@ from sample import (Mistake, autocast, center_crop, digest, image_grid, join_pro
                     leave_processes, load_ar, load_checkpoint, load_tokenizer, pack, parse, print0,
                     rank, run, save_picture, seed_of, seeded, shards, spread,
                     to_tensor)
-from train_tokenizer import (Record, distribute, item_at, make_optimizer, mirror, open_data,
-                             passes_of, positions, read_any, set_lr, update_ema)
+from train_tokenizer import (Record, distribute, item_at, make_optimizer, open_data, passes_of,
+                             positions, read_any, set_lr, update_ema)
 
 
 @dataclass
@@ -103,7 +104,7 @@ def crop_views(image, size, views, flip):
     else:
         crops.append(center_crop(image, size))
     if flip and views > 1:
-        crops = [view for crop in crops for view in (crop, mirror(crop))]
+        crops = [view for crop in crops for view in (crop, ImageOps.mirror(crop))]
     return crops
 
 

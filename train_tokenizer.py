@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -246,10 +246,6 @@ def item_at(position, count, seed):
     return int(order_of(count, seed, epoch)[place])
 
 
-def mirror(image):
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
 def random_crop(image, size, resize_max, flip, rng):
     """A random square of size x size pixels after the shorter side is resized to size ...
     resize_max x size, mirrored half of the time if `flip`."""
@@ -257,7 +253,7 @@ def random_crop(image, size, resize_max, flip, rng):
     left = rng.integers(image.width - size + 1)
     top = rng.integers(image.height - size + 1)
     image = image.crop((left, top, left + size, top + size))
-    return mirror(image) if flip and rng.random() < 0.5 else image
+    return ImageOps.mirror(image) if flip and rng.random() < 0.5 else image
 
 
 @dataclass
