@@ -167,10 +167,9 @@ class Folder:
         of = [normalised(name.split(os.sep)[0]) for name in names]
         if empty := {*folders} - {*of}:
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
-        label_of = {name: i for i, name in enumerate(self.classes)}
         # Two blocks of memory, which the processes that load images share
         self.names = np.array([os.fsencode(name) for name in names])
-        self.labels = np.array([label_of[name] for name in of], np.int32)
+        self.labels = np.searchsorted(self.classes, of)
 
     def some(self, chosen, draft_size):
         """The same classes with those of the images that a mask chooses."""
