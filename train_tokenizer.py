@@ -140,10 +140,6 @@ def subfolders(root):
                   if entry.is_dir() and not entry.name.startswith("."))
 
 
-def normalised(name):
-    return unicodedata.normalize("NFC", name)  # systems write accents in two ways
-
-
 class Folder:
     """Images in one sub-folder a class, at any depth. classes: the names that labels count; None:
     the sub-folders in sorted order. draft_size: see `read_image`. Raises Mistake."""
@@ -151,7 +147,8 @@ class Folder:
     def __init__(self, root, classes=None, draft_size=0):
         self.root = root
         self.draft_size = draft_size
-        folders = {normalised(name): name for name in subfolders(root)}
+        # In one form: systems write accents in two ways
+        folders = {unicodedata.normalize("NFC", name): name for name in subfolders(root)}
         self.classes = classes or sorted(folders)
         if not folders:
             raise Mistake(f"{root} must hold one sub-folder of images a class")
@@ -164,7 +161,7 @@ class Folder:
         names = [name for name in found if os.sep in name]
         if len(names) < len(found):
             print0(f"{root}: left out {len(found) - len(names)} images in no class's folder")
-        of = [normalised(name.split(os.sep)[0]) for name in names]
+        of = [unicodedata.normalize("NFC", name.split(os.sep)[0]) for name in names]
         if empty := {*folders} - {*of}:
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
         # Two blocks of memory, which the processes that load images share
