@@ -204,15 +204,13 @@ def open_data(data, size, draft_size=0):
                       "or --preset toy for the built-in pictures")
     folders = {name.lower(): os.path.join(data, name) for name in subfolders(data)}
     only_splits = {*folders} <= {"train", *HELD_OUT}
-    if "train" in folders and (only_splits or subfolders(folders["train"])):
-        train = Folder(folders["train"], draft_size=draft_size)
-        for name in HELD_OUT:
-            if name in folders:
-                return train, Folder(folders[name], train.classes)
-    elif folders and only_splits:
+    split = "train" in folders and (only_splits or subfolders(folders["train"]))
+    if folders and only_splits and not split:
         raise Mistake(f"{data} holds {', '.join(folders)}, but no folder train")
-    else:
-        train = Folder(data, draft_size=draft_size)
+    train = Folder(folders["train"] if split else data, draft_size=draft_size)
+    for name in HELD_OUT:
+        if split and name in folders:
+            return train, Folder(folders[name], train.classes)
     held_out = np.arange(len(train)) % 100 == 0
     rest = ~held_out if len(train) > 1 else held_out
     return train.some(rest, draft_size), train.some(held_out, 0)
