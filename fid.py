@@ -326,8 +326,7 @@ def open_npz(path):
 
     def batches(size):
         member.seek(start)
-        for first in range(0, shape[0], size):
-            content = member.read(math.prod(shape[1:]) * min(size, shape[0] - first))
+        while content := member.read(math.prod(shape[1:]) * size):
             yield np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
 
     return Side(path, shape[0], batches, statistics)
