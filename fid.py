@@ -350,10 +350,12 @@ def measure(network, side, batch, device):
 
 def statistics_of(features):
     """Mean and covariance of both kinds of features, float64."""
-    pool = features.pool.double().cpu().numpy()
-    spatial = features.spatial.double().cpu().numpy()
-    return {"mu": pool.mean(0), "sigma": np.cov(pool, rowvar=False),
-            "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
+    found = {}
+    for suffix, rows in (("", features.pool), ("_s", features.spatial)):
+        rows = rows.double().cpu().numpy()
+        found["mu" + suffix] = rows.mean(0)
+        found["sigma" + suffix] = np.cov(rows, rowvar=False)
+    return found
 
 
 def check_sides(reference, samples):
