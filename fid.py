@@ -281,7 +281,7 @@ def open_folder(path):
     """Images in a fixed shuffled order: in that of classes, the splits of the Inception Score would
     hold few of them."""
     names = find_images(path)
-    names = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
+    np.random.default_rng(0).shuffle(names)
     if not all(name.lower().endswith((".png", ".bmp")) for name in names):
         print(f"warning: not all images in {path} are PNGs; compression changes figures")
 
