@@ -256,10 +256,12 @@ def find_images(root, quiet=False):
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
+            if name.startswith("."):
+                continue
             ending = os.path.splitext(name)[1].lower()
-            if ending in ENDINGS and not name.startswith("."):
+            if ending in ENDINGS:
                 found.append(os.path.relpath(os.path.join(folder, name), root))
-            elif not name.startswith("."):
+            else:
                 left_out[ending or name] += 1
     if not found:
         raise Mistake(f"no images in {root}; endings must be {' '.join(ENDINGS)}")
