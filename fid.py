@@ -70,22 +70,22 @@ class Mixed(nn.Module):
     def __init__(self, inner, pool, **branches):
         super().__init__()
         self.pool = pool
-        self.branches = {}  # names of each branch's convolutions
+        self.branches = {}  # each branch's convolutions, which are modules under names of their own
         for branch, layers in branches.items():
             self.branches[branch] = []
             width = inner
             for i, (outer, *shape) in enumerate(layers, 1):
-                name = branch if len(layers) == 1 else f"{branch}_{i}"
-                self.add_module(name, conv(width, outer, *shape))
-                self.branches[branch].append(name)
+                layer = conv(width, outer, *shape)
+                self.add_module(branch if len(layers) == 1 else f"{branch}_{i}", layer)
+                self.branches[branch].append(layer)
                 width = outer
 
     def forward(self, x):
         outputs = []
-        for branch, names in self.branches.items():
+        for branch, layers in self.branches.items():
             y = self.pool(x) if branch == "branch_pool" else x
-            for name in names:
-                y = self.get_submodule(name)(y)
+            for layer in layers:
+                y = layer(y)
             outputs.append(y)
         return torch.cat(outputs, 1)
 
