@@ -70,22 +70,22 @@ class Mixed(nn.Module):
     def __init__(self, inner, pool, **branches):
         super().__init__()
         self.pool = pool
-        self.branches = {}  # names of each branch's convolutions
+        self.branches = {}  # each branch's convolutions, which are modules under names of their own
         for branch, layers in branches.items():
             self.branches[branch] = []
             width = inner
             for i, (outer, *shape) in enumerate(layers, 1):
-                name = branch if len(layers) == 1 else f"{branch}_{i}"
-                self.add_module(name, conv(width, outer, *shape))
-                self.branches[branch].append(name)
+                layer = conv(width, outer, *shape)
+                self.add_module(branch if len(layers) == 1 else f"{branch}_{i}", layer)
+                self.branches[branch].append(layer)
                 width = outer
 
     def forward(self, x):
         outputs = []
-        for branch, names in self.branches.items():
+        for branch, layers in self.branches.items():
             y = self.pool(x) if branch == "branch_pool" else x
-            for name in names:
-                y = self.get_submodule(name)(y)
+            for layer in layers:
+                y = layer(y)
             outputs.append(y)
         return torch.cat(outputs, 1)
 
@@ -256,10 +256,12 @@ def find_images(root, quiet=False):
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
+            if name.startswith("."):
+                continue
             ending = os.path.splitext(name)[1].lower()
-            if ending in ENDINGS and not name.startswith("."):
+            if ending in ENDINGS:
                 found.append(os.path.relpath(os.path.join(folder, name), root))
-            elif not name.startswith("."):
+            else:
                 left_out[ending or name] += 1
     if not found:
         raise Mistake(f"no images in {root}; endings must be {' '.join(ENDINGS)}")
@@ -281,7 +283,7 @@ def open_folder(path):
     """Images in a fixed shuffled order: in that of classes, the splits of the Inception Score would
     hold few of them."""
     names = find_images(path)
-    names = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
+    np.random.default_rng(0).shuffle(names)
     if not all(name.lower().endswith((".png", ".bmp")) for name in names):
         print(f"warning: not all images in {path} are PNGs; compression changes figures")
 
@@ -326,8 +328,7 @@ def open_npz(path):
 
     def batches(size):
         member.seek(start)
-        for first in range(0, shape[0], size):
-            content = member.read(math.prod(shape[1:]) * min(size, shape[0] - first))
+        while content := member.read(math.prod(shape[1:]) * size):
             yield np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
 
     return Side(path, shape[0], batches, statistics)
@@ -351,10 +352,12 @@ def measure(network, side, batch, device):
 
 def statistics_of(features):
     """Mean and covariance of both kinds of features, float64."""
-    pool = features.pool.double().cpu().numpy()
-    spatial = features.spatial.double().cpu().numpy()
-    return {"mu": pool.mean(0), "sigma": np.cov(pool, rowvar=False),
-            "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
+    found = {}
+    for suffix, rows in (("", features.pool), ("_s", features.spatial)):
+        rows = rows.double().cpu().numpy()
+        found["mu" + suffix] = rows.mean(0)
+        found["sigma" + suffix] = np.cov(rows, rowvar=False)
+    return found
 
 
 def check_sides(reference, samples):

@@ -215,9 +215,8 @@ class AR(nn.Module):
         batch = len(labels)
         count = self.config.num_tokens
         tokens = labels.new_zeros(batch, count)
-        kept = 0
-        if prefix is not None:
-            kept = prefix.shape[1]
+        kept = 0 if prefix is None else prefix.shape[1]
+        if kept:
             tokens[:, :kept] = prefix
         if uniforms is None:
             uniforms = torch.rand(batch, count, device=labels.device)
@@ -231,12 +230,12 @@ class AR(nn.Module):
         step = math.ceil(count / 4)
 
         for i in range(count):
-            if i == kept:
-                logits = prefill(self, cache, labels, tokens[:, :kept], scales[i])
-            elif i > kept:
-                length = min(find_multiple(i + 1, step), count)
-                logits = decode(self, cache, tokens[:, i - 1], pos[i:i + 1], length, scales[i])
             if i >= kept:
+                if i == kept:
+                    logits = prefill(self, cache, labels, tokens[:, :i], scales[i])
+                else:
+                    length = min(find_multiple(i + 1, step), count)
+                    logits = decode(self, cache, tokens[:, i - 1], pos[i:i + 1], length, scales[i])
                 tokens[:, i] = draw(logits, uniforms[:, i:i + 1], temperature, top_k, top_p)
             if (i + 1) % group_size == 0:
                 yield tokens[:, i + 1 - group_size:i + 1]

@@ -147,7 +147,8 @@ def sampling_schedule(steps, num_groups, beta, groups):
     """
     u = [i / steps for i in range(steps) if group_of(i / steps, num_groups) < groups]
     times = [shift_time(x, beta) for x in u] + [1.0]
-    return [Step(times[i], times[i + 1], int(group_of(u[i], num_groups))) for i in range(len(u))]
+    chosen = [int(group_of(x, num_groups)) for x in u]
+    return [*map(Step, times, times[1:], chosen)]
 
 
 SOLVERS = ("adams2", "euler")
@@ -247,7 +248,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.heads(self.q(x))), rope)        # (B, h, L, d)
         k = self.k_norm(self.heads(self.k(context)))                # (B, h, M, d)
         v = self.heads(self.v(context))
-        return self.project(F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v))
+        return self.project(attend(q, k, v, num_full=q.shape[2]))
 
 
 def mlp(width, hidden):
@@ -489,8 +490,7 @@ class Tokenizer(nn.Module):
         nn.init.normal_(self.encoder.query_table, std=1.0)
         nn.init.trunc_normal_(self.decoder.positions, std=self.config.init_std)
         nn.init.normal_(self.quantizer.codebook)
-        with torch.no_grad():
-            self.quantizer.codebook.copy_(F.normalize(self.quantizer.codebook, dim=-1))
+        self.quantizer.codebook.data = F.normalize(self.quantizer.codebook.data, dim=-1)
         for block in self.diffusion.blocks:
             nn.init.normal_(block.modulation.weight, std=self.config.modulation_std)
         nn.init.zeros_(self.diffusion.to_pixels.weight)
@@ -581,12 +581,8 @@ class Tokenizer(nn.Module):
         schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta,
                                      groups or config.num_groups)
 
-        def conds():
-            tokens = []
-            for group in token_groups:
-                tokens.append(group)
-                yield self.condition(torch.cat(tokens, 1))          # (B, n, D)
-
-        for k, (x, preview) in enumerate(self.denoise(noise, schedule, conds(), solver), 1):
+        tokens = itertools.accumulate(token_groups, lambda *parts: torch.cat(parts, 1))  # (B, n)
+        conds = map(self.condition, tokens)                         # (B, n, D) each
+        for k, (x, preview) in enumerate(self.denoise(noise, schedule, conds, solver), 1):
             # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
             yield (x if k == len(schedule) else preview) / config.sigma

@@ -112,8 +112,8 @@ class Pipeline:
     def token_groups(self, numbers, prefix=None):
         """Yields tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
         config = self.config
-        generators = [seeded(config.seed, "tokens", i) for i in numbers]
-        uniforms = [torch.rand(self.ar.config.num_tokens, generator=g) for g in generators]
+        uniforms = [torch.rand(self.ar.config.num_tokens, generator=seeded(config.seed, "tokens", i))
+                    for i in numbers]
         labels = torch.tensor([self.labels[i] for i in numbers], device=self.device)
         groups = self.ar.stream(
             labels, self.cfg, prefix, config.temperature, config.top_k, config.top_p,
@@ -131,8 +131,7 @@ class Pipeline:
     def images(self, numbers, prefix=None):
         """Images of up to a batch of numbers, after one prefix (n,) for all. All batches have one
         shape: the last number is repeated."""
-        numbers = [*numbers]
-        padded = numbers + [numbers[-1]] * (self.batch - len(numbers))
+        padded = [*numbers] + [numbers[-1]] * (self.batch - len(numbers))
         if prefix is not None:
             prefix = prefix.expand(self.batch, -1)
         tokens = torch.cat([*self.token_groups(padded, prefix)], 1)  # (B, n)
@@ -191,8 +190,8 @@ def draw_layouts(pipeline):
 
 def folder_of(pipeline, path, *more):
     """Where the parts of a file are until it is whole."""
-    settings = asdict(pipeline.config), pipeline.device.type
-    return f"{path}.{digest(pipeline.ar, pipeline.tokenizer, *settings, *more)}"
+    models = pipeline.ar, pipeline.tokenizer
+    return f"{path}.{digest(asdict(pipeline.config), pipeline.device.type, *models, *more)}"
 
 
 def draw_many(pipeline):
@@ -243,20 +242,17 @@ def parse_cfg(text):
         raise Mistake(f"--cfg must be START:END, one number, or none, got {text!r}") from None
 
 
-def parse_labels(text, classes):
-    """Class numbers of "207,360" or of class names; "" is all classes."""
+def labels_of(config, classes):
+    """The label of each image to draw: of `--labels`, numbers or names, or of all classes in turn;
+    for `--npz`, these are shuffled."""
+    numbers = {str(i): i for i in range(len(classes))}
+    numbers.update({name: i for i, name in enumerate(classes)})
     labels = []
-    for part in text.split(",") if text else ():
-        if part not in classes and not (part.isdecimal() and int(part) < len(classes)):
+    for part in config.labels.split(",") if config.labels else classes:
+        if part not in numbers:
             raise Mistake(f"--labels: no class {part!r}; give numbers below {len(classes)} or "
                           f"names such as {', '.join(classes[:10])}")
-        labels.append(classes.index(part) if part in classes else int(part))
-    return labels or [*range(len(classes))]
-
-
-def labels_of(config, classes):
-    """The label of each image to draw: in turn; for `--npz`, these are shuffled."""
-    labels = parse_labels(config.labels, classes)
+        labels.append(numbers[part])
     single = config.stream or config.prefix
     if single and not config.labels:
         labels = labels[:10]
@@ -291,8 +287,8 @@ def main(argv=None):
     ar, cfg, labels, files = None, None, [], []
     if config.reconstruct:
         names = find_images(config.reconstruct, quiet=rank() > 0)
-        names = [names[i] for i in spread(config.num_images or len(names), len(names))]
-        files = [os.path.join(config.reconstruct, name) for name in names]
+        chosen = spread(config.num_images or len(names), len(names))
+        files = [os.path.join(config.reconstruct, names[i]) for i in chosen]
     else:
         saved = load_checkpoint(config.ckpt, "ar")
         labels = labels_of(config, saved["classes"])
@@ -317,8 +313,8 @@ def main(argv=None):
     elif config.npz:
         draw_many(pipeline)
     else:
-        columns = len({*labels}) if 1 < len({*labels}) <= 10 else 10
-        draw_grid(pipeline, min(columns, count))
+        columns = len({*labels})
+        draw_grid(pipeline, min(columns if columns > 1 else count, 10))
     leave_processes()
 
 
@@ -348,7 +344,7 @@ def check(config):
         flag = "--" + field.name.replace("_", "-")
         if field.type in (int, float):
             zero = field.default == 0 or field.name in MAY_BE_ZERO
-            if not (math.isfinite(value) and (value > 0 or zero and value == 0)):
+            if not (0 < value < math.inf or zero and value == 0):
                 raise Mistake(f"{flag} must be {'0 or ' * zero}a positive number, got {value}")
             if field.name in SHARES and value >= 1:
                 raise Mistake(f"{flag} must be below 1, got {value}")
@@ -374,8 +370,8 @@ def parse(presets, argv, text):
                                 help=help, **kind)
     given = vars(parser.parse_args(argv))
     configs = []
-    for part in presets[given.get("preset", first)]:
-        own = {field.name: given[field.name] for field in fields(part) if field.name in given}
+    for part in presets[given.pop("preset", first)]:
+        own = {name: value for name, value in given.items() if hasattr(part, name)}
         try:
             configs.append(replace(part, **own))
             check(configs[-1])
@@ -401,15 +397,15 @@ def shards(folder, count, size, make):
     """Paths of files that hold make(numbers) of each `size` of `count` numbers. Processes share the
     work in a folder that all nodes see, and what is there is not made again: a run that was killed
     goes on. The folder's name should hold a `digest` of all that `make` depends on."""
-    ranges = [range(i, min(i + size, count)) for i in range(0, count, size)]
-    paths = [os.path.join(folder, f"{numbers.start:08d}.npy") for numbers in ranges]
-    for i in range(rank(), len(ranges), world()):
-        if not os.path.exists(paths[i]):
+    parts = [range(count)[i:i + size] for i in range(0, count, size)]
+    paths = [os.path.join(folder, f"{numbers.start:08d}.npy") for numbers in parts]
+    for numbers, path in islice(zip(parts, paths), rank(), None, world()):
+        if not os.path.exists(path):
             began = time.time()
-            rows = make(ranges[i])
-            write(paths[i], lambda file: np.save(file, rows))
-            rate = world() * len(ranges[i]) / (time.time() - began)
-            print0(f"{ranges[i].stop:,} of {count:,} images, {rate:.1f} a second")
+            rows = make(numbers)
+            write(path, lambda file: np.save(file, rows))
+            rate = world() * len(numbers) / (time.time() - began)
+            print0(f"{numbers.stop:,} of {count:,} images, {rate:.1f} a second")
     wait()
     return paths
 
@@ -437,8 +433,7 @@ def read_image(path, draft_size=0):
             image.draft("RGB", (2 * draft_size, 2 * draft_size))
         return to_rgb(image)
     except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, bombs, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Mistake(f"{path} cannot be read as an image ({reason})") from None
+        raise Mistake(f"{path} cannot be read as an image ({error!r})") from None
 
 
 def to_rgb(image):
@@ -455,8 +450,7 @@ def to_rgb(image):
 
 def to_tensor(image):
     """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
-    pixels = np.array(to_rgb(image), dtype=np.float32)              # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    return from_uint8(to_rgb(image))
 
 
 def to_uint8(images):

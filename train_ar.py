@@ -16,15 +16,16 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import ImageOps
 from torch import nn
 
 from model_ar import AR, SIZES
 from sample import (Mistake, autocast, center_crop, digest, image_grid, join_processes,
                     leave_processes, load_ar, load_checkpoint, load_tokenizer, pack, parse, print0,
                     rank, run, save_picture, seed_of, seeded, shards, spread,
-                    to_tensor, world)
-from train_tokenizer import (Record, distribute, item_at, make_optimizer, mirror, open_data,
-                             passes_of, positions, read_any, set_lr, update_ema)
+                    to_tensor)
+from train_tokenizer import (Record, distribute, item_at, make_optimizer, open_data, passes_of,
+                             positions, read_any, set_lr, update_ema)
 
 
 @dataclass
@@ -103,7 +104,7 @@ def crop_views(image, size, views, flip):
     else:
         crops.append(center_crop(image, size))
     if flip and views > 1:
-        crops = [view for crop in crops for view in (crop, mirror(crop))]
+        crops = [view for crop in crops for view in (crop, ImageOps.mirror(crop))]
     return crops
 
 
@@ -263,8 +264,7 @@ def main(argv=None):
 
         # Forward and backward, a micro-batch at a time
         for i in range(passes):
-            if world() > 1:
-                ddp.require_backward_grad_sync = i == passes - 1
+            ddp.require_backward_grad_sync = i == passes - 1  # which only DDP reads
             with autocast(device):
                 loss, accuracy = token_loss(ddp, labels.chunk(passes)[i], tokens.chunk(passes)[i])
             (loss / passes).backward()
@@ -274,7 +274,7 @@ def main(argv=None):
         # Step
         record.sums["gradient"] += nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         update_ema(ema, model, config.ema)
 
         # Log, evaluate, save

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -140,10 +140,6 @@ def subfolders(root):
                   if entry.is_dir() and not entry.name.startswith("."))
 
 
-def normalised(name):
-    return unicodedata.normalize("NFC", name)  # systems write accents in two ways
-
-
 class Folder:
     """Images in one sub-folder a class, at any depth. classes: the names that labels count; None:
     the sub-folders in sorted order. draft_size: see `read_image`. Raises Mistake."""
@@ -151,7 +147,8 @@ class Folder:
     def __init__(self, root, classes=None, draft_size=0):
         self.root = root
         self.draft_size = draft_size
-        folders = {normalised(name): name for name in subfolders(root)}
+        # In one form: systems write accents in two ways
+        folders = {unicodedata.normalize("NFC", name): name for name in subfolders(root)}
         self.classes = classes or sorted(folders)
         if not folders:
             raise Mistake(f"{root} must hold one sub-folder of images a class")
@@ -164,13 +161,12 @@ class Folder:
         names = [name for name in found if os.sep in name]
         if len(names) < len(found):
             print0(f"{root}: left out {len(found) - len(names)} images in no class's folder")
-        of = [normalised(name.split(os.sep)[0]) for name in names]
+        of = [unicodedata.normalize("NFC", name.split(os.sep)[0]) for name in names]
         if empty := {*folders} - {*of}:
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
-        label_of = {name: i for i, name in enumerate(self.classes)}
         # Two blocks of memory, which the processes that load images share
         self.names = np.array([os.fsencode(name) for name in names])
-        self.labels = np.array([label_of[name] for name in of], np.int32)
+        self.labels = np.searchsorted(self.classes, of)
 
     def some(self, chosen, draft_size):
         """The same classes with those of the images that a mask chooses."""
@@ -208,15 +204,13 @@ def open_data(data, size, draft_size=0):
                       "or --preset toy for the built-in pictures")
     folders = {name.lower(): os.path.join(data, name) for name in subfolders(data)}
     only_splits = {*folders} <= {"train", *HELD_OUT}
-    if "train" in folders and (only_splits or subfolders(folders["train"])):
-        train = Folder(folders["train"], draft_size=draft_size)
-        for name in HELD_OUT:
-            if name in folders:
-                return train, Folder(folders[name], train.classes)
-    elif folders and only_splits:
+    split = "train" in folders and (only_splits or subfolders(folders["train"]))
+    if folders and only_splits and not split:
         raise Mistake(f"{data} holds {', '.join(folders)}, but no folder train")
-    else:
-        train = Folder(data, draft_size=draft_size)
+    train = Folder(folders["train"] if split else data, draft_size=draft_size)
+    for name in HELD_OUT:
+        if split and name in folders:
+            return train, Folder(folders[name], train.classes)
     held_out = np.arange(len(train)) % 100 == 0
     rest = ~held_out if len(train) > 1 else held_out
     return train.some(rest, draft_size), train.some(held_out, 0)
@@ -246,10 +240,6 @@ def item_at(position, count, seed):
     return int(order_of(count, seed, epoch)[place])
 
 
-def mirror(image):
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
 def random_crop(image, size, resize_max, flip, rng):
     """A random square of size x size pixels after the shorter side is resized to size ...
     resize_max x size, mirrored half of the time if `flip`."""
@@ -257,7 +247,7 @@ def random_crop(image, size, resize_max, flip, rng):
     left = rng.integers(image.width - size + 1)
     top = rng.integers(image.height - size + 1)
     image = image.crop((left, top, left + size, top + size))
-    return mirror(image) if flip and rng.random() < 0.5 else image
+    return ImageOps.mirror(image) if flip and rng.random() < 0.5 else image
 
 
 @dataclass
@@ -616,8 +606,7 @@ def main(argv=None):
             images = next(data).to(device, non_blocking=True)  # (micro, 3, H, W)
             first = (rank() * passes + i) * len(images)
             part = slice(first, first + len(images))  # of the whole batch
-            if world() > 1:
-                ddp.require_backward_grad_sync = i == passes - 1
+            ddp.require_backward_grad_sync = i == passes - 1  # which only DDP reads
             with autocast(device):
                 output = ddp(images, u[part], noise[part])
                 losses = {"flow": output.flow_loss, "vq": output.vq_loss * lengths[part].mean()}
@@ -632,7 +621,7 @@ def main(argv=None):
         # Step
         record.sums["gradient"] += nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         update_ema(ema, model, config.ema)
         use.update(torch.cat(tokens))
         if config.reseed_after:

@@ -94,8 +94,8 @@ def decode(name, batch):
     tokenizer = Tokenizer(TOKENIZERS[name]).to(DEVICE).eval()
     config = tokenizer.config
     tokens = torch.zeros(batch, config.num_tokens, dtype=torch.long, device=DEVICE)
-    noise = torch.zeros(1, 3, config.image_size, config.image_size, device=DEVICE)
     schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta, config.num_groups)
+    noise = torch.randn(1, 3, config.image_size, config.image_size, device=DEVICE)
     with FlopCounterMode(display=False) as flops, autocast(DEVICE):
         tokenizer.velocity(noise, schedule[0], tokenizer.condition(tokens[:1]))
     for block in tokenizer.diffusion.blocks if ON_GPU else ():
