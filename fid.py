@@ -346,7 +346,8 @@ def measure(network, side, batch, device):
         done += len(images)
         if len(parts) % 100 == 0 or done == side.count:
             rate = done / (time.time() - began)
-            print(f"{side.path}: {done:,} of {side.count:,} images, {rate:.1f} a second", flush=True)
+            print(f"{side.path}: {done:,} of {side.count:,} images, {rate:.1f} a second",
+                  flush=True)
     return Features(*(torch.cat(part) for part in zip(*parts)))
 
 

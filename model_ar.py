@@ -204,7 +204,8 @@ class AR(nn.Module):
         int64, first tokens to keep. temperature: 0 is greedy. top_k, top_p: 0 and 1 keep all
         tokens. uniforms: (B, N) random numbers in [0, 1), which alone decide what is drawn.
         """
-        return torch.cat([*self.stream(labels, cfg, prefix, temperature, top_k, top_p, uniforms)], 1)
+        groups = self.stream(labels, cfg, prefix, temperature, top_k, top_p, uniforms)
+        return torch.cat([*groups], 1)
 
     @torch.no_grad()
     def stream(self, labels, cfg=None, prefix=None, temperature=1.0, top_k=0, top_p=1.0,

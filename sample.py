@@ -112,8 +112,8 @@ class Pipeline:
     def token_groups(self, numbers, prefix=None):
         """Yields tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
         config = self.config
-        uniforms = [torch.rand(self.ar.config.num_tokens, generator=seeded(config.seed, "tokens", i))
-                    for i in numbers]
+        generators = [seeded(config.seed, "tokens", i) for i in numbers]
+        uniforms = [torch.rand(self.ar.config.num_tokens, generator=g) for g in generators]
         labels = torch.tensor([self.labels[i] for i in numbers], device=self.device)
         groups = self.ar.stream(
             labels, self.cfg, prefix, config.temperature, config.top_k, config.top_p,
@@ -579,7 +579,7 @@ def digest(*things):
 
 # ---- The authors' files --------------------------------------------------------------------------
 
-RELEASED_NAMES = (  # a tensor's name in the authors' tokenizer -> ours: these replacements, in order
+RELEASED_NAMES = (  # a tensor's name in the authors' tokenizer -> ours: these changes, in order
     ("encoder_layers.", "encoder.blocks."), ("patchify.", "encoder.from_pixels."),
     ("query_embedding.weight", "encoder.query_table"), ("query_linear.", "encoder.query_up."),
     ("quant_in_conv.", "encoder.to_code."), ("quantize.embedding.weight", "quantizer.codebook"),
@@ -604,7 +604,7 @@ RELEASED_SETTINGS = {  # a setting's name in the authors' tokenizer: our field
 
 
 def translate(saved):
-    """One of the authors' files as a checkpoint of ours. The averaged weights (`ema`) come first."""
+    """One of the authors' files as a checkpoint of ours. Averaged weights (`ema`) come first."""
     weights = saved
     for key in ("state_dict", "module", "model", "ema"):
         weights = saved.get(key, weights)

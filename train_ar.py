@@ -141,8 +141,8 @@ def encode_all(tokenizer, views, numbers, workers):
 
 def read_codes(config, tokenizer, train):
     """Labels and tokens of all images as in `encode_all`, memory-mapped from files of `SHARD` rows,
-    which the first call writes. The folder is named after the tokenizer and the images' names; other
-    images under the same names need another --codes."""
+    which the first call writes. The folder is named after the tokenizer and the images' names;
+    other images under the same names need another --codes."""
     views = Views(train, tokenizer.config.image_size, config.views, config.flip)
     name = digest(tokenizer, repr(train), config.views, config.flip)
     paths = shards(os.path.join(config.codes, name), len(train), SHARD,

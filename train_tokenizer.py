@@ -76,7 +76,8 @@ class TrainConfig:
 
 PRESETS = {  # name: (settings of the run, architecture)
     "paper": (TrainConfig(), TOKENIZERS["paper"]),
-    "light": (TrainConfig(steps=50_000, batch=256, micro_batch=64), TOKENIZERS["light"]),  # App. III
+    # App. III
+    "light": (TrainConfig(steps=50_000, batch=256, micro_batch=64), TOKENIZERS["light"]),
     "toy": (TrainConfig(
         data="shapes", resize_max=1.0, flip=False, workers=0,
         steps=1500, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=900, ema=0.98,
@@ -217,8 +218,7 @@ def open_data(data, size, draft_size=0):
 
 
 def read_any(source, i):
-    """Image i and its label or, where it cannot be read, the next one's. Raises a Mistake after 100.
-    """
+    """Image i and its label or, where it cannot be read, the next one's. A Mistake after 100."""
     for number in range(i, i + 100):
         try:
             return source[number % len(source)]
