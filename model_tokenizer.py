@@ -285,10 +285,8 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.encoder_width
-        self.num_tokens = config.num_tokens
-        self.head_dim = config.head_dim
-        self.patch = config.patch_size
-        self.from_pixels = nn.Linear(3 * self.patch ** 2, width)
+        self.config = config
+        self.from_pixels = nn.Linear(3 * config.patch_size ** 2, width)
         self.query_table = nn.Parameter(torch.empty(config.max_tokens, config.query_rank))
         self.query_up = nn.Linear(config.query_rank, width)
         self.blocks = nn.ModuleList(
@@ -296,17 +294,18 @@ class Encoder(nn.Module):
         self.to_code = nn.Linear(width, config.code_dim, bias=False)
 
     def forward(self, images):
-        patches, grid = to_patches(images, self.patch)              # (B, L, 3 p p)
+        config = self.config
+        patches, grid = to_patches(images, config.patch_size)       # (B, L, 3 p p)
         patches = layer_norm(self.from_pixels(patches))             # (B, L, D)
-        queries = self.query_up(self.query_table[:self.num_tokens])  # (N, D)
+        queries = self.query_up(self.query_table[:config.num_tokens])  # (N, D)
         x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)  # (B, L + N, D)
         # Query tokens have no place in the image: position 0, which is no rotation (App. I).
         positions = grid_positions(*grid, images.device)            # (L, 2)
-        positions = F.pad(positions, (0, 0, 0, self.num_tokens))    # (L + N, 2)
-        rope = rope_2d(positions, self.head_dim)                    # (2, L + N, d/2)
+        positions = F.pad(positions, (0, 0, 0, config.num_tokens))  # (L + N, 2)
+        rope = rope_2d(positions, config.head_dim)                  # (2, L + N, d/2)
         for block in self.blocks:  # patches see all patches; queries are causal
             x = block(x, rope, num_full=patches.shape[1])
-        return self.to_code(layer_norm(x[:, -self.num_tokens:]))    # (B, N, C)
+        return self.to_code(layer_norm(x[:, -config.num_tokens:]))  # (B, N, C)
 
 
 class Quantized(NamedTuple):
@@ -411,32 +410,31 @@ class DiffusionDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.diffusion_width
-        self.patch = config.diffusion_patch
-        self.head_dim = config.head_dim
-        self.repa_depth = config.repa_depth
-        self.from_pixels = nn.Linear(3 * self.patch ** 2, width)
+        self.config = config
+        self.from_pixels = nn.Linear(3 * config.diffusion_patch ** 2, width)
         self.from_cond = nn.Linear(config.decoder_width, width)
         self.blocks = nn.ModuleList(
             DiffusionBlock(width, config.head_dim) for _ in range(config.diffusion_depth))
-        self.to_pixels = nn.Linear(width, 3 * self.patch ** 2)
+        self.to_pixels = nn.Linear(width, 3 * config.diffusion_patch ** 2)
 
     def forward(self, x, t, cond):
         """x: (B, 3, H, W) images x_t. t: (B,), or (1,) for all. cond: (B, N/K, D), one group."""
-        x, grid = to_patches(x, self.patch)                         # (B, L, 3 p p)
+        config = self.config
+        x, grid = to_patches(x, config.diffusion_patch)             # (B, L, 3 p p)
         x = self.from_pixels(x).float()                             # (B, L, D)
         cond = layer_norm(self.from_cond(cond))                     # (B, N/K, D)
         t_emb = sinusoid(t, x.shape[2])                             # (B or 1, D)
-        rope = rope_2d(grid_positions(*grid, x.device), self.head_dim)  # (2, L, d/2)
+        rope = rope_2d(grid_positions(*grid, x.device), config.head_dim)  # (2, L, d/2)
         tapped = x
         for depth, block in enumerate(self.blocks, 1):
             x = block(x, t_emb, cond, rope)
-            if depth == self.repa_depth:
+            if depth == config.repa_depth:
                 tapped = x
         with torch.autocast(x.device.type, enabled=False):
             v = self.to_pixels(layer_norm(x))                       # (B, L, 3 p p)
         v = v.transpose(1, 2).unflatten(2, grid)                    # (B, 3 p p, H/p, W/p)
         tapped = tapped.transpose(1, 2).unflatten(2, grid)          # (B, D, H/p, W/p)
-        return DiffusionOutput(F.pixel_shuffle(v, self.patch), tapped)
+        return DiffusionOutput(F.pixel_shuffle(v, config.diffusion_patch), tapped)
 
 
 class RepaHead(nn.Module):
