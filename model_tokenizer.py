@@ -530,8 +530,7 @@ class Tokenizer(nn.Module):
     def velocity(self, x, step, cond):
         """Velocity (B, 3, H, W) at x (B, 3, H, W) in a step, from condition tokens (B, n, D) that
         reach at least to the end of the step's group."""
-        first = step.group * self.config.group_size
-        cond_k = cond[:, first:first + self.config.group_size]      # (B, N/K, D)
+        cond_k = cond.split(self.config.group_size, 1)[step.group]  # (B, N/K, D)
         return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
     def denoise(self, x, schedule, conds, solver):
