@@ -281,11 +281,11 @@ def filter_logits(logits, top_k, top_p):
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        ordered = ordered.softmax(-1)                               # (B, V)
-        likelier = ordered.cumsum(-1) - ordered                              # share of all before
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, likelier > top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
+        ordered, order = logits.sort(descending=True)               # (B, V)
+        shares = ordered.softmax(-1)
+        likelier = shares.cumsum(-1) - shares                       # share of all before
+        kept = ordered.masked_fill(likelier > top_p, -torch.inf)
+        logits = logits.scatter(1, order, kept)
     return logits
 
 
