@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import cycle, islice
@@ -200,17 +201,19 @@ def draw_many(pipeline):
     paths = shards(folder, len(pipeline.labels), pipeline.batch,
                    lambda numbers: to_uint8(pipeline.images(numbers)))
     if rank() == 0:
-        write_npz(pipeline.config.npz, [np.load(path, mmap_mode="r") for path in paths])
+        size = pipeline.tokenizer.config.image_size
+        shape = len(pipeline.labels), size, size, 3
+        write_npz(pipeline.config.npz, shape, (np.load(path) for path in paths))
         shutil.rmtree(folder)
 
 
 def reconstruct(pipeline, files):
     """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
     folder = folder_of(pipeline, pipeline.config.out, files)
+    size = pipeline.tokenizer.config.image_size
 
     def make(numbers):
         photos = [read_image(files[i]) for i in numbers]
-        size = pipeline.tokenizer.config.image_size
         images = torch.stack([to_tensor(center_crop(photo, size)) for photo in photos])
         images = images.to(pipeline.device)                         # (n, 3, H, W)
         decoded = pipeline.decode(numbers, pipeline.tokenizer.encode(images))
@@ -219,13 +222,14 @@ def reconstruct(pipeline, files):
     paths = shards(folder, len(files), pipeline.batch, make)
     if rank() > 0:
         return
-    pairs = [np.load(path, mmap_mode="r") for path in paths]
     stem = os.path.splitext(pipeline.config.out)[0]
-    write_npz(f"{stem}_originals.npz", [originals for originals, _ in pairs])
-    write_npz(f"{stem}_reconstructions.npz", [decoded for _, decoded in pairs])
-    shown = from_uint8(pairs[0][:, :20]).transpose(0, 1).flatten(0, 1)
+    for i, name in enumerate(("originals", "reconstructions")):
+        shape = len(files), size, size, 3
+        write_npz(f"{stem}_{name}.npz", shape, (np.load(path)[i] for path in paths))
+    shown = from_uint8(np.load(paths[0])[:, :20]).transpose(0, 1).flatten(0, 1)
     save_picture(pipeline.config.out, image_grid(shown, min(10, len(shown))))
-    decibels = [len(a) * psnr(from_uint8(b), from_uint8(a)) for a, b in pairs]
+    pairs = (from_uint8(np.load(path)) for path in paths)
+    decibels = [len(images) * psnr(decoded, images) for images, decoded in pairs]
     print(f"PSNR {sum(decibels) / len(files):.2f} dB over {len(files):,} images")
     shutil.rmtree(folder)
 
@@ -410,9 +414,19 @@ def shards(folder, count, size, make):
     return paths
 
 
-def write_npz(path, parts):
-    """Writes uint8 arrays one after another as one array arr_0."""
-    write(path, lambda file: np.savez(file, np.concatenate(parts)))
+def write_npz(path, shape, parts):
+    """Writes parts of a uint8 array of some shape as arr_0, one after another, never all at once.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+
+    def save(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in parts:
+                    member.write(part.tobytes())
+
+    write(path, save)
     print(path)
 
 
