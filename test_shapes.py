@@ -58,6 +58,7 @@ TINY = ("--preset toy --steps 8 --batch 4 --log-every 1 --eval-every 8 --save-mi
         "--eval-images 4").split()
 TRAINERS = {"tokenizer": train_tokenizer, "ar": train_ar}
 KEPT = tempfile.TemporaryDirectory()  # for what several tests read; removed at the end
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, also where there is a GPU
 torch.set_num_threads(1)  # two threads of such small models mostly wait for one another
 
 
