@@ -80,7 +80,7 @@ PRESETS = {
     "cifar": (TrainConfig(
         data="data/cifar10", size="cifar", views=2, workers=0,
         steps=4000, batch=64, lr=1e-3, lr_final=1e-5, warmup_steps=100,
-        decay_steps=2000, ema=0.998, cfg_end=6.0, eval_every=1000),),
+        decay_steps=2000, ema=0.998, cfg_start=3.5, cfg_end=3.5, eval_every=1000),),
 }
 
 
