@@ -69,25 +69,21 @@ class Mixed(nn.Module):
 
     def __init__(self, inner, pool, **branches):
         super().__init__()
-        self.pool = pool
-        self.branches = {}  # each branch's convolutions, which are modules under names of their own
+        self.branches = []  # a plain list: its convolutions are modules under names of their own
         for branch, layers in branches.items():
-            self.branches[branch] = []
+            sequence = nn.Sequential()
+            if branch == "branch_pool":
+                sequence.append(pool)
             width = inner
             for i, (outer, *shape) in enumerate(layers, 1):
                 layer = conv(width, outer, *shape)
                 self.add_module(branch if len(layers) == 1 else f"{branch}_{i}", layer)
-                self.branches[branch].append(layer)
+                sequence.append(layer)
                 width = outer
+            self.branches.append(sequence)
 
     def forward(self, x):
-        outputs = []
-        for branch, layers in self.branches.items():
-            y = self.pool(x) if branch == "branch_pool" else x
-            for layer in layers:
-                y = layer(y)
-            outputs.append(y)
-        return torch.cat(outputs, 1)
+        return torch.cat([branch(x) for branch in self.branches], 1)
 
 
 class MixedLast(nn.Module):
