@@ -227,15 +227,14 @@ def precision_recall(reference, generated, k=3, rows=1000):
     """The share of `generated` (M, D) in the balls around `reference` (N, D), and the reverse. A
     ball reaches to its centre's k-th nearest other point; N and M must be above k. Distances are
     in float64, of `rows` points at a time."""
-    def distances(points, centres):
-        for part in points.split(rows):
-            yield torch.cdist(part, centres)                        # (rows, centres)
-
     def covered(points, centres):
-        nearest = [part.topk(k + 1, largest=False).values for part in distances(centres, centres)]
-        radii = torch.cat(nearest)[:, k]                            # (centres,), [:, 0] is itself
-        inside = [(part <= radii).any(1) for part in distances(points, centres)]
-        return torch.cat(inside).double().mean().item()
+        radii = torch.cat([
+            torch.cdist(part, centres).kthvalue(k + 1).values       # the first is the point itself
+            for part in centres.split(rows)])                       # (centres,)
+        inside = torch.cat([
+            (torch.cdist(part, centres) <= radii).any(1)            # (rows, centres) -> (rows,)
+            for part in points.split(rows)])
+        return inside.double().mean().item()
 
     reference, generated = reference.double(), generated.double()
     return covered(generated, reference), covered(reference, generated)
