@@ -19,6 +19,7 @@ gives FID 3.9426, sFID 6.1404, IS 215.84, precision .8265, recall .5309 in Tenso
 is within .005, .01, .3, .003, .003. Only figures of 50,000 samples compare with published ones.
 """
 import argparse
+import glob
 import math
 import os
 import sys
@@ -245,21 +246,15 @@ def precision_recall(reference, generated, k=3, rows=1000):
 def find_images(root, quiet=False):
     """Sorted paths, relative to a folder, of the images in it at any depth, without hidden ones.
     Prints a line that counts what else it leaves out, unless quiet. Raises Mistake."""
-    if not os.path.isdir(root):
-        raise Mistake(f"no folder {root}")
     found, left_out = [], Counter()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.startswith("."):
-                continue
-            ending = os.path.splitext(name)[1].lower()
-            if ending in ENDINGS:
-                found.append(os.path.relpath(os.path.join(folder, name), root))
-            else:
-                left_out[ending or name] += 1
+    for name in glob.glob("**/*", root_dir=root, recursive=True):  # without hidden ones
+        ending = os.path.splitext(name)[1].lower()
+        if ending in ENDINGS:
+            found.append(name)
+        elif not os.path.isdir(os.path.join(root, name)):
+            left_out[ending or os.path.basename(name)] += 1
     if not found:
-        raise Mistake(f"no images in {root}; endings must be {' '.join(ENDINGS)}")
+        raise Mistake(f"no folder {root} with images in it; endings must be {' '.join(ENDINGS)}")
     if left_out and not quiet:
         counts = ", ".join(f"{count:,} x {ending}" for ending, count in sorted(left_out.items()))
         print(f"{root}: left out {counts}", flush=True)
