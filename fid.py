@@ -51,6 +51,14 @@ class Mistake(ValueError):
     """What the user can mend; printed as one line."""
 
 
+def run(main):
+    """Calls a script's main; a mistake ends it with one line."""
+    try:
+        main()
+    except Mistake as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+
+
 # ---- The network ---------------------------------------------------------------------------------
 
 def conv(inner, outer, kernel, stride=1, padding="same"):
@@ -414,7 +422,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Mistake as mistake:
-        sys.exit(f"fid.py: {mistake}")
+    run(main)

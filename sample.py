@@ -20,7 +20,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from fid import FORMATS, Mistake, find_images
+from fid import FORMATS, Mistake, find_images, run
 from model_ar import AR, ARConfig, decode_one_token
 from model_tokenizer import SOLVERS, TOKENIZERS, Tokenizer, TokenizerConfig
 
@@ -325,14 +324,6 @@ def main(argv=None):
 # ==== What the other scripts use too ==============================================================
 
 # ---- Settings ------------------------------------------------------------------------------------
-
-def run(main):
-    """Calls a script's main; a mistake ends it with one line."""
-    try:
-        main()
-    except Mistake as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
-
 
 MAY_BE_ZERO = {"temperature", "workers", "lr", "lr_final", "warmup_steps", "decay_steps", "ema",
                "vq", "lpips", "repa", "repa_depth", "commitment", "dropout", "class_dropout",
