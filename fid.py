@@ -359,20 +359,6 @@ def statistics_of(features):
     return found
 
 
-def check_sides(reference, samples):
-    """Raises a Mistake for sides that cannot be measured, and warns of mistakes of protocol."""
-    if samples.statistics:
-        raise Mistake(f"{samples.path} holds statistics; the order is REFERENCE SAMPLES")
-    for side in {reference.path: reference, samples.path: samples}.values():
-        if side.count < 2 and not side.statistics:
-            raise Mistake(f"{side.path} holds {side.count} images, but 2 are the least")
-        if side.count != 50_000 and not side.statistics:
-            print(f"warning: {side.path} has {side.count:,} images; figures compare for 50,000 only"
-                  + ", and mean little below 2,048" * (side.count < 2048))
-    if samples.count < reference.count and not reference.statistics:
-        print(f"warning: fewer samples than reference images: is {samples.path} the REFERENCE?")
-
-
 def main(argv=None):
     """Prints the figures, and returns them by name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -385,15 +371,26 @@ def main(argv=None):
     if bool(args.save_stats) == bool(args.samples):
         parser.error("give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE")
 
-    # Sides and network
+    # Sides, and what is wrong with them
     sides = [open_folder(path) if os.path.isdir(path) else open_npz(path)
              for path in (args.reference, args.samples) if path]
     reference, samples = sides[0], sides[-1]
-    check_sides(reference, samples)
+    if samples.statistics:
+        raise Mistake(f"{samples.path} holds statistics; the order is REFERENCE SAMPLES")
+    for side in sides:
+        if side.statistics:
+            continue
+        if side.count < 4:
+            raise Mistake(f"{side.path} holds {side.count} images, but 4 are the least")
+        if side.count != 50_000:
+            print(f"warning: {side.path} has {side.count:,} images; figures compare for 50,000 only"
+                  + ", and mean little below 2,048" * (side.count < 2048))
+    if samples.count < reference.count and not reference.statistics:
+        print(f"warning: fewer samples than reference images: is {samples.path} the REFERENCE?")
+
+    # Network, activations, statistics
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_inception(args.weights).to(device)
-
-    # Activations, statistics
     b = measure(network, samples, args.batch, device)
     found = statistics_of(b)
     if args.save_stats:
@@ -412,10 +409,10 @@ def main(argv=None):
         else:
             print("no sFID: the reference has no mu_s and sigma_s")
     figures["inception_score"], figures["inception_score_std"] = inception_score(b.probs)
-    if min(reference.count, samples.count) > 3:
+    if reference.count:
         figures["precision"], figures["recall"] = precision_recall(a.pool, b.pool)
     else:
-        print("no precision and recall: they need 4 images or more on each side")
+        print("no precision and recall: the reference has no images")
     for name, value in figures.items():
         print(f"{name:20} {value:.4f}")
     return figures
