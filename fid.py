@@ -363,13 +363,12 @@ def main(argv=None):
     """Prints the figures, and returns them by name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reference", metavar="REFERENCE", help="folder of PNGs, or npz")
-    parser.add_argument("samples", metavar="SAMPLES", nargs="?", help="folder of PNGs, or npz")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("samples", metavar="SAMPLES", nargs="?", help="folder of PNGs, or npz")
+    either.add_argument("--save-stats", help="file to write the statistics of REFERENCE to")
     parser.add_argument("--weights", help="the network's; default: in torch.hub's cache")
-    parser.add_argument("--save-stats", help="file to write the statistics of REFERENCE to")
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
     args = parser.parse_args(argv)
-    if bool(args.save_stats) == bool(args.samples):
-        parser.error("give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE")
 
     # Sides, and what is wrong with them
     sides = [open_folder(path) if os.path.isdir(path) else open_npz(path)
