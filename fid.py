@@ -23,7 +23,6 @@ import glob
 import math
 import os
 import sys
-import time
 import zipfile
 from collections import Counter, OrderedDict
 from typing import Callable, NamedTuple
@@ -337,15 +336,11 @@ def open_npz(path):
 @torch.no_grad()
 def measure(network, side, batch, device):
     """The features of all images of a side."""
-    parts, done = [], 0
-    began = time.time()
+    parts = []
     for images in side.batches(batch):
+        if len(parts) % 100 == 0:
+            print(f"{side.path}: {len(parts) * batch:,} of {side.count:,} images", flush=True)
         parts.append(network(torch.tensor(images, device=device)))
-        done += len(images)
-        if len(parts) % 100 == 0 or done == side.count:
-            rate = done / (time.time() - began)
-            print(f"{side.path}: {done:,} of {side.count:,} images, {rate:.1f} a second",
-                  flush=True)
     return Features(*(torch.cat(part) for part in zip(*parts)))
 
 
