@@ -801,8 +801,10 @@ def test_codes_go_on_where_they_were_killed(tmp_path):
     for other in (replace(config, flip=False), replace(config, views=2)):
         quietly(train_ar.read_codes, other, tokenizer, data)
     assert len(os.listdir(tmp_path)) == 3  # each in a folder of its own
-    data.classes = 7_000 * data.classes
-    assert train_ar.encode_all(tokenizer, views, [0], 0).dtype == np.int32
+    assert codes.dtype == np.uint8
+    views.source = train_tokenizer.Shapes(69_999, 1, 32)
+    views.source.classes = 7_000 * data.classes
+    assert train_ar.encode_all(tokenizer, views, [0], 0)[0, 0] == 69_999
 
 
 # ---- Sampling ------------------------------------------------------------------------------------

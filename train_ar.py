@@ -125,18 +125,18 @@ class Views:
 @torch.no_grad()
 def encode_all(tokenizer, views, numbers, workers):
     """Rows (n, 1 + views * N) of images by number: the label, then the tokens of all crops, made in
-    float32; uint16 where that is enough."""
+    float32; in the smallest integers that hold them."""
     device = tokenizer.quantizer.codebook.device
     loader = torch.utils.data.DataLoader(
-        views, max(1, 128 // views.views), sampler=numbers, num_workers=workers,
+        views, 128 // views.views, sampler=numbers, num_workers=workers,
         pin_memory=device.type == "cuda")
     rows = []
     for images, labels in loader:                                   # (n, views, 3, H, W)
         tokens = tokenizer.encode(images.flatten(0, 1).to(device, non_blocking=True))
         tokens = tokens.cpu().view(len(labels), -1)                 # (n, views * N)
         rows.append(torch.cat([labels[:, None], tokens], 1))
-    most = max(tokenizer.config.codebook_size, len(views.source.classes))
-    return torch.cat(rows).numpy().astype(np.uint16 if most <= 2 ** 16 else np.int32)
+    rows = torch.cat(rows).numpy()
+    return rows.astype(np.min_scalar_type(rows.max()))
 
 
 def read_codes(config, tokenizer, train):
