@@ -128,11 +128,10 @@ def encode_all(tokenizer, views, numbers, workers):
     float32; in the smallest integers that hold them."""
     device = tokenizer.quantizer.codebook.device
     loader = torch.utils.data.DataLoader(
-        views, 128 // views.views, sampler=numbers, num_workers=workers,
-        pin_memory=device.type == "cuda")
+        views, 128 // views.views, sampler=numbers, num_workers=workers)
     rows = []
     for images, labels in loader:                                   # (n, views, 3, H, W)
-        tokens = tokenizer.encode(images.flatten(0, 1).to(device, non_blocking=True))
+        tokens = tokenizer.encode(images.flatten(0, 1).to(device))
         tokens = tokens.cpu().view(len(labels), -1)                 # (n, views * N)
         rows.append(torch.cat([labels[:, None], tokens], 1))
     rows = torch.cat(rows).numpy()
@@ -258,8 +257,8 @@ def main(argv=None):
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
         dropped = dropped[mine.start % config.batch:][:len(mine)] < config.class_dropout
         labels = labels.masked_fill(dropped, architecture.num_classes)
-        labels = labels.to(device, non_blocking=True)               # (n,)
-        tokens = tokens.to(device, non_blocking=True)               # (n, N)
+        labels = labels.to(device)                                  # (n,)
+        tokens = tokens.to(device)                                  # (n, N)
         torch.manual_seed(seed_of(config.seed, "dropout", step, rank()))
 
         # Forward and backward, a micro-batch at a time
