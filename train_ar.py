@@ -10,7 +10,6 @@ checkpoints carry the tokenizer.
 """
 import copy
 import os
-import re
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -143,7 +142,7 @@ def read_codes(config, tokenizer, train):
     which the first call writes. The folder is named after the tokenizer and the images' names;
     other images under the same names need another --codes."""
     views = Views(train, tokenizer.config.image_size, config.views, config.flip)
-    name = digest(tokenizer, repr(train), config.views, config.flip)
+    name = digest(tokenizer, train, config.views, config.flip)
     paths = shards(os.path.join(config.codes, name), len(train), SHARD,
                    lambda numbers: encode_all(tokenizer, views, numbers, config.workers))
     return [np.load(path, mmap_mode="r") for path in paths]
@@ -197,18 +196,21 @@ def start_from(model, path, classes):
     """Gives a new model the weights in a checkpoint; rows of the class embedding by the name of the
     class, new ones stay fresh."""
     names = load_checkpoint(path, "ar")["classes"]
-    if len(names) == len(classes) == 1000 and re.fullmatch(r"(n\d{8}){1000}", "".join(classes)):
+    if len(names) == len(classes) == 1000 and classes[0] == "n01440764":
         names = classes  # the authors' files count the sorted classes of ImageNet
     weights = load_ar(path).state_dict()
-    rows = weights.pop("cls_embedding.weight")
+    theirs = weights.pop("cls_embedding.weight")
+    ours = model.state_dict()["cls_embedding.weight"]               # (classes + 1, D)
+    ours[-1] = theirs[-1]  # the null class
+    new = []
+    for row, name in zip(ours, classes):
+        if name in names:
+            row.copy_(theirs[names.index(name)])
+        else:
+            new.append(name)
     model.load_state_dict({**model.state_dict(), **weights})
-    taken = [name for name in classes if name in names]
-    with torch.no_grad():
-        model.cls_embedding.weight[-1] = rows[-1]  # the null class
-        for name in taken:
-            model.cls_embedding.weight[classes.index(name)] = rows[names.index(name)]
-    fresh = [name for name in classes if name not in names]
-    print0(f"from {path}: {len(taken)} classes by name; {len(fresh)} new: {' '.join(fresh[:10])}")
+    print0(f"from {path}: {len(classes) - len(new)} classes by name; "
+           f"{len(new)} new: {' '.join(new[:10])}")
 
 
 def main(argv=None):
