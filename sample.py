@@ -105,9 +105,11 @@ class Pipeline:
                 block.compile(dynamic=False)
 
     def noise(self, numbers):
-        """The starting points (B, 3, H, W) of images."""
+        """The starting points (B, 3, H, W) of images, each a function of seed and number."""
         size = self.tokenizer.config.image_size
-        return noise_of(self.config.seed, "start", numbers, (3, size, size), self.device)
+        generators = [seeded(self.config.seed, "start", i, device=self.device) for i in numbers]
+        return torch.stack([torch.randn(3, size, size, generator=g, device=self.device)
+                            for g in generators])
 
     def token_groups(self, numbers, prefix=None):
         """Yields tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
@@ -660,13 +662,6 @@ def seed_of(*key):
 def seeded(*key, device="cpu"):
     """A random generator that is a function of the key."""
     return torch.Generator(device).manual_seed(seed_of(*key))
-
-
-def noise_of(seed, purpose, numbers, shape, device):
-    """Standard normal noise (n, *shape), row i a function of (seed, purpose, numbers[i])."""
-    return torch.stack([
-        torch.randn(shape, device=device, generator=seeded(seed, purpose, number, device=device))
-        for number in numbers])
 
 
 def join_processes():
