@@ -622,7 +622,7 @@ def translate(saved):
     found = saved.get("config", {})
     found = getattr(found, "_data", found).get("model", {})
     found = {**found, **found.get("diff_decoder", {})}
-    config = asdict(replace(TOKENIZERS["paper"], repa_depth=0))
+    config = asdict(TOKENIZERS["paper"])
     for theirs, ours in RELEASED_SETTINGS.items():
         config[ours] = found.get(theirs, config[ours])
     config["codebook_size"] = len(weights["quantize.embedding.weight"])
@@ -642,7 +642,7 @@ def translate_ar(weights):
     model = {name.replace(".embedding_table", ""): value for name, value in weights.items()}
     vocab_size, width = model["tok_embeddings.weight"].shape
     num_classes = len(model["cls_embedding.weight"]) - 1
-    depth = len({name.split(".")[1] for name in model if name.startswith("layers.")})
+    depth = sum(name.endswith("attention.wo.weight") for name in model)
     config = {"depth": depth, "width": width, "heads": width // 64, "vocab_size": vocab_size,
               "num_classes": num_classes}
     settings = {"cfg_start": 1.1, "cfg_end": 8.0 if depth <= 24 else 10.0}  # App. II
