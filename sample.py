@@ -382,7 +382,7 @@ def parse(presets, argv, text):
 def write(path, save):
     """Calls save(file) on a temporary file, then renames it to `path`, which thus is always whole.
     """
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "wb") as file:
         save(file)
         file.flush()
@@ -424,7 +424,7 @@ def write_npz(path, shape, parts):
 
 
 def save_picture(path, image, **options):
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     image.save(path, **options)
     print(path, flush=True)
 
@@ -502,7 +502,7 @@ def image_grid(images, columns):
     """One picture of images (B, 3, H, W) in rows of `columns`, 2 pixels apart on white; images
     narrower than 64 pixels are enlarged by a whole factor that keeps them within 64."""
     zoom = max(1, 64 // images.shape[-1])
-    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    images = F.interpolate(images, scale_factor=zoom)
     missing = -len(images) % columns
     images = F.pad(images, (0, 2, 0, 2, 0, 0, 0, missing), value=1.0)  # (B, 3, h, w)
     height, width = images.shape[2:]
