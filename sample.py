@@ -131,11 +131,9 @@ class Pipeline:
                 tokens, self.noise(numbers), config.steps, config.solver, self.groups)
 
     def images(self, numbers, prefix=None):
-        """Images of up to a batch of numbers, after one prefix (n,) for all. All batches have one
-        shape: the last number is repeated."""
+        """Images of up to a batch of numbers, after a prefix (B, n) of a whole one. All batches
+        have one shape: the last number is repeated."""
         padded = [*numbers] + [numbers[-1]] * (self.batch - len(numbers))
-        if prefix is not None:
-            prefix = prefix.expand(self.batch, -1)
         tokens = torch.cat([*self.token_groups(padded, prefix)], 1)  # (B, n)
         return self.decode(padded, tokens)[:len(numbers)]
 
@@ -182,11 +180,12 @@ def draw_layouts(pipeline):
     config, tokenizer = pipeline.config, pipeline.tokenizer
     photo = to_tensor(center_crop(read_image(config.prefix), tokenizer.config.image_size))
     photo = photo[None].to(pipeline.device)                         # (1, 3, H, W)
-    tokens = tokenizer.encode(photo)[0]                             # (N,)
-    kept = config.keep or f"{len(tokens) // 8},{len(tokens) // 4},{len(tokens) // 2}"
+    tokens = tokenizer.encode(photo).expand(pipeline.batch, -1)     # (B, N)
+    total = tokens.shape[1]
+    kept = config.keep or f"{total // 8},{total // 4},{total // 2}"
     rows = []
     for n in kept.split(","):
-        rows += [photo, pipeline.images(range(pipeline.batch), tokens[:int(n)])]
+        rows += [photo, pipeline.images(range(pipeline.batch), tokens[:, :int(n)])]
     save_picture(config.out, image_grid(torch.cat(rows), 1 + pipeline.batch))
 
 
