@@ -263,8 +263,7 @@ def find_images(root, quiet=False):
     if not found:
         raise Mistake(f"no folder {root} with images in it; endings must be {' '.join(ENDINGS)}")
     if left_out and not quiet:
-        counts = ", ".join(f"{count:,} x {ending}" for ending, count in sorted(left_out.items()))
-        print(f"{root}: left out {counts}", flush=True)
+        print(f"{root}: left out {dict(left_out.most_common())}", flush=True)
     return sorted(found)
 
 

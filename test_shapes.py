@@ -478,7 +478,7 @@ def test_one_walker_leaves_out_what_is_hidden_and_counts_what_is_no_image(tmp_pa
     with contextlib.redirect_stdout(io.StringIO()) as said:
         found, images = fid.find_images(root), train_tokenizer.Folder(root)
     assert found == ["a_dog/deep/er/x.TIF", "a_dog/y.jfif.tiff", "b_cat/z.webp", "stray.png"]
-    assert "left out 1 x .gif, 2 x .txt" in said.getvalue()
+    assert "left out {'.txt': 2, '.gif': 1}" in said.getvalue()
     assert len(images) == 3 and "left out 1 images in no class's folder" in said.getvalue()
 
 
