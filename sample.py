@@ -249,19 +249,19 @@ def parse_cfg(text):
 def labels_of(config, classes):
     """The label of each image to draw: of `--labels`, numbers or names, or of all classes in turn;
     for `--npz`, these are shuffled."""
-    numbers = {str(i): i for i in range(len(classes))}
-    numbers.update({name: i for i, name in enumerate(classes)})
+    count = len(classes)
+    known = [*classes, *map(str, range(count))]  # each class twice: by name, by number
     labels = []
     for part in config.labels.split(",") if config.labels else classes:
-        if part not in numbers:
-            raise Mistake(f"--labels: no class {part!r}; give numbers below {len(classes)} or "
+        if part not in known:
+            raise Mistake(f"--labels: no class {part!r}; give numbers below {count} or "
                           f"names such as {', '.join(classes[:10])}")
-        labels.append(numbers[part])
+        labels.append(known.index(part) % count)
     single = config.stream or config.prefix
     if single and not config.labels:
         labels = labels[:10]
-    count = config.num_images or (len(labels) if single else 100)
-    labels = [*islice(cycle(labels), count)]
+    total = config.num_images or (len(labels) if single else 100)
+    labels = [*islice(cycle(labels), total)]
     if config.npz:
         np.random.default_rng(seed_of(config.seed, "labels")).shuffle(labels)
     return labels
