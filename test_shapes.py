@@ -517,11 +517,13 @@ def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(t
         crops = [train_tokenizer.random_crop(crops[0], 32, 1, flip, rng) for _ in range(20)]
         assert len({crop.tobytes() for crop in crops}) == 1 + flip
     for views in (2, 10):
-        crops = [np.array(crop) for crop in train_ar.crop_views(image, 32, views, True)]
-        plain = [np.array(crop) for crop in train_ar.crop_views(image, 32, views, False)]
+        crops, plain = (train_ar.Views([(image, 0)], 32, views, flip)[0][0].numpy()
+                        for flip in (True, False))
         assert np.array_equal(plain, crops[::2])
         assert len({crop.tobytes() for crop in crops}) == views
-        assert np.array_equal(np.flip(plain, 2), crops[1::2])
+        assert np.array_equal(np.flip(plain, 3), crops[1::2])
+    centre = sample.to_tensor(sample.center_crop(image, 35))[:, 1:33, 1:33]
+    assert np.array_equal(plain[-1], centre)
     # A large JPEG is decoded at a fraction for random crops, and only for them.
     save_images(tmp_path / "x", pixels, ".jpg")
     train, held_out = train_tokenizer.open_data(str(tmp_path), 32, 32)

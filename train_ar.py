@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from torch import nn
 
 from model_ar import AR, SIZES
@@ -86,30 +85,15 @@ PRESETS = {
 # ---- Codes: the tokens of all images -------------------------------------------------------------
 
 SHARD = 4096  # images a file
-CORNERS_AND_CENTRE = ((0, 0), (2, 0), (0, 2), (2, 2), (1, 1))  # in halves of what is left over
-
-
-def crop_views(image, size, views, flip):
-    """The fixed crops of size x size pixels. 10: the corners and the centre of the centred square
-    of 1.1 x size (281 for 256), and their mirrors. 2: the centre and its mirror. 1: the centre.
-    Without `flip`, there are no mirrors."""
-    crops = []
-    if views == 10:
-        image = center_crop(image, int(1.1 * size))
-        rest = image.width - size
-        for x, y in CORNERS_AND_CENTRE:
-            left, top = rest * x // 2, rest * y // 2
-            crops.append(image.crop((left, top, left + size, top + size)))
-    else:
-        crops.append(center_crop(image, size))
-    if flip and views > 1:
-        crops = [view for crop in crops for view in (crop, ImageOps.mirror(crop))]
-    return crops
+CENTRE = ((1, 1),)  # in halves of what is left over
+CORNERS_AND_CENTRE = ((0, 0), (2, 0), (0, 2), (2, 2), (1, 1))
 
 
 @dataclass
 class Views:
-    """All fixed crops of the images: item i is (views, 3, H, W) and a label."""
+    """Fixed crops of the images, of size x size pixels: item i is (views, 3, H, W) and a label.
+    10: the corners and the centre of the centred square of 1.1 x size (281 for 256), and their
+    mirrors. 2: the centre and its mirror. 1: the centre. Without `flip`, there are no mirrors."""
     source: object  # of images, see `open_data`
     size: int
     views: int
@@ -117,8 +101,17 @@ class Views:
 
     def __getitem__(self, i):
         image, label = read_any(self.source, i)
-        crops = crop_views(image, self.size, self.views, self.flip)
-        return torch.stack([to_tensor(crop) for crop in crops]), label
+        size = self.size
+        ten = self.views == 10
+        image = to_tensor(center_crop(image, int(1.1 * size) if ten else size))
+        rest = image.shape[1] - size
+        views = []                                                  # (3, H, W) each
+        for x, y in CORNERS_AND_CENTRE if ten else CENTRE:
+            left, top = rest * x // 2, rest * y // 2
+            views.append(image[:, top:top + size, left:left + size])
+            if self.flip and self.views > 1:
+                views.append(views[-1].flip(-1))
+        return torch.stack(views), label
 
 
 @torch.no_grad()
