@@ -382,13 +382,13 @@ def main(argv=None):
         print(f"warning: fewer samples than reference images: is {samples.path} the REFERENCE?")
 
     # Network, activations, statistics
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_inception(args.weights).to(device)
     b = measure(network, samples, args.batch, device)
     found = statistics_of(b)
     if args.save_stats:
         with open(args.save_stats, "wb") as file:
-            np.savez(file, n=samples.count, **found)
+            np.savez(file, **found)
         print(args.save_stats)
         return {}
     a = measure(network, reference, args.batch, device) if reference.count else None

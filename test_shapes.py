@@ -522,8 +522,6 @@ def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(t
         assert np.array_equal(plain, crops[::2])
         assert len({crop.tobytes() for crop in crops}) == views
         assert np.array_equal(np.flip(plain, 3), crops[1::2])
-    centre = sample.to_tensor(sample.center_crop(image, 35))[:, 1:33, 1:33]
-    assert np.array_equal(plain[-1], centre)
     # A large JPEG is decoded at a fraction for random crops, and only for them.
     save_images(tmp_path / "x", pixels, ".jpg")
     train, held_out = train_tokenizer.open_data(str(tmp_path), 32, 32)
