@@ -189,10 +189,10 @@ def draw_layouts(pipeline):
     save_picture(config.out, image_grid(torch.cat(rows), 1 + pipeline.batch))
 
 
-def folder_of(pipeline, path, *more):
+def folder_of(pipeline, path, items):
     """Where the parts of a file are until it is whole."""
     models = pipeline.ar, pipeline.tokenizer
-    return f"{path}.{digest(asdict(pipeline.config), pipeline.device.type, *models, *more)}"
+    return f"{path}.{digest(asdict(pipeline.config), pipeline.device.type, *models, items)}"
 
 
 def draw_many(pipeline):
@@ -655,7 +655,7 @@ def translate_ar(weights):
 def seed_of(*key):
     """A seed that is a function of the key: the run's seed, what it is for, and which one."""
     text = " ".join(map(str, key))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return int(hashlib.sha256(text.encode()).hexdigest()[:14], 16)
 
 
 def seeded(*key, device="cpu"):
