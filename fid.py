@@ -19,10 +19,10 @@ gives FID 3.9426, sFID 6.1404, IS 215.84, precision .8265, recall .5309 in Tenso
 is within .005, .01, .3, .003, .003. Only figures of 50,000 samples compare with published ones.
 """
 import argparse
+import glob
 import math
 import os
 import sys
-import time
 import zipfile
 from collections import Counter, OrderedDict
 from typing import Callable, NamedTuple
@@ -50,6 +50,14 @@ class Mistake(ValueError):
     """What the user can mend; printed as one line."""
 
 
+def run(main):
+    """Calls a script's main; a mistake ends it with one line."""
+    try:
+        main()
+    except Mistake as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+
+
 # ---- The network ---------------------------------------------------------------------------------
 
 def conv(inner, outer, kernel, stride=1, padding="same"):
@@ -69,25 +77,21 @@ class Mixed(nn.Module):
 
     def __init__(self, inner, pool, **branches):
         super().__init__()
-        self.pool = pool
-        self.branches = {}  # each branch's convolutions, which are modules under names of their own
+        self.branches = []  # a plain list: its convolutions are modules under names of their own
         for branch, layers in branches.items():
-            self.branches[branch] = []
+            sequence = nn.Sequential()
+            if branch == "branch_pool":
+                sequence.append(pool)
             width = inner
             for i, (outer, *shape) in enumerate(layers, 1):
                 layer = conv(width, outer, *shape)
                 self.add_module(branch if len(layers) == 1 else f"{branch}_{i}", layer)
-                self.branches[branch].append(layer)
+                sequence.append(layer)
                 width = outer
+            self.branches.append(sequence)
 
     def forward(self, x):
-        outputs = []
-        for branch, layers in self.branches.items():
-            y = self.pool(x) if branch == "branch_pool" else x
-            for layer in layers:
-                y = layer(y)
-            outputs.append(y)
-        return torch.cat(outputs, 1)
+        return torch.cat([branch(x) for branch in self.branches], 1)
 
 
 class MixedLast(nn.Module):
@@ -231,15 +235,14 @@ def precision_recall(reference, generated, k=3, rows=1000):
     """The share of `generated` (M, D) in the balls around `reference` (N, D), and the reverse. A
     ball reaches to its centre's k-th nearest other point; N and M must be above k. Distances are
     in float64, of `rows` points at a time."""
-    def distances(points, centres):
-        for part in points.split(rows):
-            yield torch.cdist(part, centres)                        # (rows, centres)
-
     def covered(points, centres):
-        nearest = [part.topk(k + 1, largest=False).values for part in distances(centres, centres)]
-        radii = torch.cat(nearest)[:, k]                            # (centres,), [:, 0] is itself
-        inside = [(part <= radii).any(1) for part in distances(points, centres)]
-        return torch.cat(inside).double().mean().item()
+        radii = torch.cat([
+            torch.cdist(part, centres).kthvalue(k + 1).values       # the first is the point itself
+            for part in centres.split(rows)])                       # (centres,)
+        inside = torch.cat([
+            (torch.cdist(part, centres) <= radii).any(1)            # (rows, centres) -> (rows,)
+            for part in points.split(rows)])
+        return inside.double().mean().item()
 
     reference, generated = reference.double(), generated.double()
     return covered(generated, reference), covered(reference, generated)
@@ -250,24 +253,17 @@ def precision_recall(reference, generated, k=3, rows=1000):
 def find_images(root, quiet=False):
     """Sorted paths, relative to a folder, of the images in it at any depth, without hidden ones.
     Prints a line that counts what else it leaves out, unless quiet. Raises Mistake."""
-    if not os.path.isdir(root):
-        raise Mistake(f"no folder {root}")
     found, left_out = [], Counter()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.startswith("."):
-                continue
-            ending = os.path.splitext(name)[1].lower()
-            if ending in ENDINGS:
-                found.append(os.path.relpath(os.path.join(folder, name), root))
-            else:
-                left_out[ending or name] += 1
+    for name in glob.glob("**/*", root_dir=root, recursive=True):  # without hidden ones
+        ending = os.path.splitext(name)[1].lower()
+        if ending in ENDINGS:
+            found.append(name)
+        elif not os.path.isdir(os.path.join(root, name)):
+            left_out[ending or os.path.basename(name)] += 1
     if not found:
-        raise Mistake(f"no images in {root}; endings must be {' '.join(ENDINGS)}")
+        raise Mistake(f"no folder {root} with images in it; endings must be {' '.join(ENDINGS)}")
     if left_out and not quiet:
-        counts = ", ".join(f"{count:,} x {ending}" for ending, count in sorted(left_out.items()))
-        print(f"{root}: left out {counts}", flush=True)
+        print(f"{root}: left out {dict(left_out.most_common())}", flush=True)
     return sorted(found)
 
 
@@ -339,15 +335,11 @@ def open_npz(path):
 @torch.no_grad()
 def measure(network, side, batch, device):
     """The features of all images of a side."""
-    parts, done = [], 0
-    began = time.time()
+    parts = []
     for images in side.batches(batch):
+        if len(parts) % 100 == 0:
+            print(f"{side.path}: {len(parts) * batch:,} of {side.count:,} images", flush=True)
         parts.append(network(torch.tensor(images, device=device)))
-        done += len(images)
-        if len(parts) % 100 == 0 or done == side.count:
-            rate = done / (time.time() - began)
-            print(f"{side.path}: {done:,} of {side.count:,} images, {rate:.1f} a second",
-                  flush=True)
     return Features(*(torch.cat(part) for part in zip(*parts)))
 
 
@@ -361,46 +353,42 @@ def statistics_of(features):
     return found
 
 
-def check_sides(reference, samples):
-    """Raises a Mistake for sides that cannot be measured, and warns of mistakes of protocol."""
+def main(argv=None):
+    """Prints the figures, and returns them by name."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("reference", metavar="REFERENCE", help="folder of PNGs, or npz")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("samples", metavar="SAMPLES", nargs="?", help="folder of PNGs, or npz")
+    either.add_argument("--save-stats", help="file to write the statistics of REFERENCE to")
+    parser.add_argument("--weights", help="the network's; default: in torch.hub's cache")
+    parser.add_argument("--batch", type=int, default=64, help="images at a time")
+    args = parser.parse_args(argv)
+
+    # Sides, and what is wrong with them
+    sides = [open_folder(path) if os.path.isdir(path) else open_npz(path)
+             for path in (args.reference, args.samples) if path]
+    reference, samples = sides[0], sides[-1]
     if samples.statistics:
         raise Mistake(f"{samples.path} holds statistics; the order is REFERENCE SAMPLES")
-    for side in {reference.path: reference, samples.path: samples}.values():
-        if side.count < 2 and not side.statistics:
-            raise Mistake(f"{side.path} holds {side.count} images, but 2 are the least")
-        if side.count != 50_000 and not side.statistics:
+    for side in sides:
+        if side.statistics:
+            continue
+        if side.count < 4:
+            raise Mistake(f"{side.path} holds {side.count} images, but 4 are the least")
+        if side.count != 50_000:
             print(f"warning: {side.path} has {side.count:,} images; figures compare for 50,000 only"
                   + ", and mean little below 2,048" * (side.count < 2048))
     if samples.count < reference.count and not reference.statistics:
         print(f"warning: fewer samples than reference images: is {samples.path} the REFERENCE?")
 
-
-def main(argv=None):
-    """Prints the figures, and returns them by name."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("reference", metavar="REFERENCE", help="folder of PNGs, or npz")
-    parser.add_argument("samples", metavar="SAMPLES", nargs="?", help="folder of PNGs, or npz")
-    parser.add_argument("--weights", help="the network's; default: in torch.hub's cache")
-    parser.add_argument("--save-stats", help="file to write the statistics of REFERENCE to")
-    parser.add_argument("--batch", type=int, default=64, help="images at a time")
-    args = parser.parse_args(argv)
-    if bool(args.save_stats) == bool(args.samples):
-        parser.error("give REFERENCE and SAMPLES, or IMAGES and --save-stats FILE")
-
-    # Sides and network
-    sides = [open_folder(path) if os.path.isdir(path) else open_npz(path)
-             for path in (args.reference, args.samples) if path]
-    reference, samples = sides[0], sides[-1]
-    check_sides(reference, samples)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Network, activations, statistics
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_inception(args.weights).to(device)
-
-    # Activations, statistics
     b = measure(network, samples, args.batch, device)
     found = statistics_of(b)
     if args.save_stats:
         with open(args.save_stats, "wb") as file:
-            np.savez(file, n=samples.count, **found)
+            np.savez(file, **found)
         print(args.save_stats)
         return {}
     a = measure(network, reference, args.batch, device) if reference.count else None
@@ -414,17 +402,14 @@ def main(argv=None):
         else:
             print("no sFID: the reference has no mu_s and sigma_s")
     figures["inception_score"], figures["inception_score_std"] = inception_score(b.probs)
-    if min(reference.count, samples.count) > 3:
+    if reference.count:
         figures["precision"], figures["recall"] = precision_recall(a.pool, b.pool)
     else:
-        print("no precision and recall: they need 4 images or more on each side")
+        print("no precision and recall: the reference has no images")
     for name, value in figures.items():
         print(f"{name:20} {value:.4f}")
     return figures
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Mistake as mistake:
-        sys.exit(f"fid.py: {mistake}")
+    run(main)

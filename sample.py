@@ -20,7 +20,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from fid import FORMATS, Mistake, find_images
+from fid import FORMATS, Mistake, find_images, run
 from model_ar import AR, ARConfig, decode_one_token
 from model_tokenizer import SOLVERS, TOKENIZERS, Tokenizer, TokenizerConfig
 
@@ -106,9 +105,11 @@ class Pipeline:
                 block.compile(dynamic=False)
 
     def noise(self, numbers):
-        """The starting points (B, 3, H, W) of images."""
+        """The starting points (B, 3, H, W) of images, each a function of seed and number."""
         size = self.tokenizer.config.image_size
-        return noise_of(self.config.seed, "start", numbers, (3, size, size), self.device)
+        generators = [seeded(self.config.seed, "start", i, device=self.device) for i in numbers]
+        return torch.stack([torch.randn(3, size, size, generator=g, device=self.device)
+                            for g in generators])
 
     def token_groups(self, numbers, prefix=None):
         """Yields tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
@@ -130,11 +131,9 @@ class Pipeline:
                 tokens, self.noise(numbers), config.steps, config.solver, self.groups)
 
     def images(self, numbers, prefix=None):
-        """Images of up to a batch of numbers, after one prefix (n,) for all. All batches have one
-        shape: the last number is repeated."""
+        """Images of up to a batch of numbers, after a prefix (B, n) of a whole one. All batches
+        have one shape: the last number is repeated."""
         padded = [*numbers] + [numbers[-1]] * (self.batch - len(numbers))
-        if prefix is not None:
-            prefix = prefix.expand(self.batch, -1)
         tokens = torch.cat([*self.token_groups(padded, prefix)], 1)  # (B, n)
         return self.decode(padded, tokens)[:len(numbers)]
 
@@ -181,18 +180,19 @@ def draw_layouts(pipeline):
     config, tokenizer = pipeline.config, pipeline.tokenizer
     photo = to_tensor(center_crop(read_image(config.prefix), tokenizer.config.image_size))
     photo = photo[None].to(pipeline.device)                         # (1, 3, H, W)
-    tokens = tokenizer.encode(photo)[0]                             # (N,)
-    kept = config.keep or f"{len(tokens) // 8},{len(tokens) // 4},{len(tokens) // 2}"
+    tokens = tokenizer.encode(photo).expand(pipeline.batch, -1)     # (B, N)
+    total = tokens.shape[1]
+    kept = config.keep or f"{total // 8},{total // 4},{total // 2}"
     rows = []
     for n in kept.split(","):
-        rows += [photo, pipeline.images(range(pipeline.batch), tokens[:int(n)])]
+        rows += [photo, pipeline.images(range(pipeline.batch), tokens[:, :int(n)])]
     save_picture(config.out, image_grid(torch.cat(rows), 1 + pipeline.batch))
 
 
-def folder_of(pipeline, path, *more):
+def folder_of(pipeline, path, items):
     """Where the parts of a file are until it is whole."""
     models = pipeline.ar, pipeline.tokenizer
-    return f"{path}.{digest(asdict(pipeline.config), pipeline.device.type, *models, *more)}"
+    return f"{path}.{digest(asdict(pipeline.config), pipeline.device.type, *models, items)}"
 
 
 def draw_many(pipeline):
@@ -249,19 +249,19 @@ def parse_cfg(text):
 def labels_of(config, classes):
     """The label of each image to draw: of `--labels`, numbers or names, or of all classes in turn;
     for `--npz`, these are shuffled."""
-    numbers = {str(i): i for i in range(len(classes))}
-    numbers.update({name: i for i, name in enumerate(classes)})
+    count = len(classes)
+    known = [*classes, *map(str, range(count))]  # each class twice: by name, by number
     labels = []
     for part in config.labels.split(",") if config.labels else classes:
-        if part not in numbers:
-            raise Mistake(f"--labels: no class {part!r}; give numbers below {len(classes)} or "
+        if part not in known:
+            raise Mistake(f"--labels: no class {part!r}; give numbers below {count} or "
                           f"names such as {', '.join(classes[:10])}")
-        labels.append(numbers[part])
+        labels.append(known.index(part) % count)
     single = config.stream or config.prefix
     if single and not config.labels:
         labels = labels[:10]
-    count = config.num_images or (len(labels) if single else 100)
-    labels = [*islice(cycle(labels), count)]
+    total = config.num_images or (len(labels) if single else 100)
+    labels = [*islice(cycle(labels), total)]
     if config.npz:
         np.random.default_rng(seed_of(config.seed, "labels")).shuffle(labels)
     return labels
@@ -326,14 +326,6 @@ def main(argv=None):
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-def run(main):
-    """Calls a script's main; a mistake ends it with one line."""
-    try:
-        main()
-    except Mistake as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
-
-
 MAY_BE_ZERO = {"temperature", "workers", "lr", "lr_final", "warmup_steps", "decay_steps", "ema",
                "vq", "lpips", "repa", "repa_depth", "commitment", "dropout", "class_dropout",
                "weight_decay", "save_minutes", "cfg_start"}
@@ -389,7 +381,7 @@ def parse(presets, argv, text):
 def write(path, save):
     """Calls save(file) on a temporary file, then renames it to `path`, which thus is always whole.
     """
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "wb") as file:
         save(file)
         file.flush()
@@ -431,7 +423,7 @@ def write_npz(path, shape, parts):
 
 
 def save_picture(path, image, **options):
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     image.save(path, **options)
     print(path, flush=True)
 
@@ -509,7 +501,7 @@ def image_grid(images, columns):
     """One picture of images (B, 3, H, W) in rows of `columns`, 2 pixels apart on white; images
     narrower than 64 pixels are enlarged by a whole factor that keeps them within 64."""
     zoom = max(1, 64 // images.shape[-1])
-    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    images = F.interpolate(images, scale_factor=zoom)
     missing = -len(images) % columns
     images = F.pad(images, (0, 2, 0, 2, 0, 0, 0, missing), value=1.0)  # (B, 3, h, w)
     height, width = images.shape[2:]
@@ -629,7 +621,7 @@ def translate(saved):
     found = saved.get("config", {})
     found = getattr(found, "_data", found).get("model", {})
     found = {**found, **found.get("diff_decoder", {})}
-    config = asdict(replace(TOKENIZERS["paper"], repa_depth=0))
+    config = asdict(TOKENIZERS["paper"])
     for theirs, ours in RELEASED_SETTINGS.items():
         config[ours] = found.get(theirs, config[ours])
     config["codebook_size"] = len(weights["quantize.embedding.weight"])
@@ -649,7 +641,7 @@ def translate_ar(weights):
     model = {name.replace(".embedding_table", ""): value for name, value in weights.items()}
     vocab_size, width = model["tok_embeddings.weight"].shape
     num_classes = len(model["cls_embedding.weight"]) - 1
-    depth = len({name.split(".")[1] for name in model if name.startswith("layers.")})
+    depth = sum(name.endswith("attention.wo.weight") for name in model)
     config = {"depth": depth, "width": width, "heads": width // 64, "vocab_size": vocab_size,
               "num_classes": num_classes}
     settings = {"cfg_start": 1.1, "cfg_end": 8.0 if depth <= 24 else 10.0}  # App. II
@@ -663,19 +655,12 @@ def translate_ar(weights):
 def seed_of(*key):
     """A seed that is a function of the key: the run's seed, what it is for, and which one."""
     text = " ".join(map(str, key))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return int(hashlib.sha256(text.encode()).hexdigest()[:14], 16)
 
 
 def seeded(*key, device="cpu"):
     """A random generator that is a function of the key."""
     return torch.Generator(device).manual_seed(seed_of(*key))
-
-
-def noise_of(seed, purpose, numbers, shape, device):
-    """Standard normal noise (n, *shape), row i a function of (seed, purpose, numbers[i])."""
-    return torch.stack([
-        torch.randn(shape, device=device, generator=seeded(seed, purpose, number, device=device))
-        for number in numbers])
 
 
 def join_processes():

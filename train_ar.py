@@ -10,13 +10,11 @@ checkpoints carry the tokenizer.
 """
 import copy
 import os
-import re
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from torch import nn
 
 from model_ar import AR, SIZES
@@ -87,30 +85,15 @@ PRESETS = {
 # ---- Codes: the tokens of all images -------------------------------------------------------------
 
 SHARD = 4096  # images a file
-CORNERS_AND_CENTRE = ((0, 0), (2, 0), (0, 2), (2, 2), (1, 1))  # in halves of what is left over
-
-
-def crop_views(image, size, views, flip):
-    """The fixed crops of size x size pixels. 10: the corners and the centre of the centred square
-    of 1.1 x size (281 for 256), and their mirrors. 2: the centre and its mirror. 1: the centre.
-    Without `flip`, there are no mirrors."""
-    crops = []
-    if views == 10:
-        image = center_crop(image, int(1.1 * size))
-        rest = image.width - size
-        for x, y in CORNERS_AND_CENTRE:
-            left, top = rest * x // 2, rest * y // 2
-            crops.append(image.crop((left, top, left + size, top + size)))
-    else:
-        crops.append(center_crop(image, size))
-    if flip and views > 1:
-        crops = [view for crop in crops for view in (crop, ImageOps.mirror(crop))]
-    return crops
+CENTRE = ((1, 1),)  # in halves of what is left over
+CORNERS_AND_CENTRE = ((0, 0), (2, 0), (0, 2), (2, 2), (1, 1))
 
 
 @dataclass
 class Views:
-    """All fixed crops of the images: item i is (views, 3, H, W) and a label."""
+    """Fixed crops of the images, of size x size pixels: item i is (views, 3, H, W) and a label.
+    10: the corners and the centre of the centred square of 1.1 x size (281 for 256), and their
+    mirrors. 2: the centre and its mirror. 1: the centre. Without `flip`, there are no mirrors."""
     source: object  # of images, see `open_data`
     size: int
     views: int
@@ -118,25 +101,33 @@ class Views:
 
     def __getitem__(self, i):
         image, label = read_any(self.source, i)
-        crops = crop_views(image, self.size, self.views, self.flip)
-        return torch.stack([to_tensor(crop) for crop in crops]), label
+        size = self.size
+        ten = self.views == 10
+        image = to_tensor(center_crop(image, int(1.1 * size) if ten else size))
+        rest = image.shape[1] - size
+        views = []                                                  # (3, H, W) each
+        for x, y in CORNERS_AND_CENTRE if ten else CENTRE:
+            left, top = rest * x // 2, rest * y // 2
+            views.append(image[:, top:top + size, left:left + size])
+            if self.flip and self.views > 1:
+                views.append(views[-1].flip(-1))
+        return torch.stack(views), label
 
 
 @torch.no_grad()
 def encode_all(tokenizer, views, numbers, workers):
     """Rows (n, 1 + views * N) of images by number: the label, then the tokens of all crops, made in
-    float32; uint16 where that is enough."""
+    float32; in the smallest integers that hold them."""
     device = tokenizer.quantizer.codebook.device
     loader = torch.utils.data.DataLoader(
-        views, max(1, 128 // views.views), sampler=numbers, num_workers=workers,
-        pin_memory=device.type == "cuda")
+        views, 128 // views.views, sampler=numbers, num_workers=workers)
     rows = []
     for images, labels in loader:                                   # (n, views, 3, H, W)
-        tokens = tokenizer.encode(images.flatten(0, 1).to(device, non_blocking=True))
+        tokens = tokenizer.encode(images.flatten(0, 1).to(device))
         tokens = tokens.cpu().view(len(labels), -1)                 # (n, views * N)
         rows.append(torch.cat([labels[:, None], tokens], 1))
-    most = max(tokenizer.config.codebook_size, len(views.source.classes))
-    return torch.cat(rows).numpy().astype(np.uint16 if most <= 2 ** 16 else np.int32)
+    rows = torch.cat(rows).numpy()
+    return rows.astype(np.min_scalar_type(rows.max()))
 
 
 def read_codes(config, tokenizer, train):
@@ -144,7 +135,7 @@ def read_codes(config, tokenizer, train):
     which the first call writes. The folder is named after the tokenizer and the images' names;
     other images under the same names need another --codes."""
     views = Views(train, tokenizer.config.image_size, config.views, config.flip)
-    name = digest(tokenizer, repr(train), config.views, config.flip)
+    name = digest(tokenizer, train, config.views, config.flip)
     paths = shards(os.path.join(config.codes, name), len(train), SHARD,
                    lambda numbers: encode_all(tokenizer, views, numbers, config.workers))
     return [np.load(path, mmap_mode="r") for path in paths]
@@ -198,18 +189,21 @@ def start_from(model, path, classes):
     """Gives a new model the weights in a checkpoint; rows of the class embedding by the name of the
     class, new ones stay fresh."""
     names = load_checkpoint(path, "ar")["classes"]
-    if len(names) == len(classes) == 1000 and re.fullmatch(r"(n\d{8}){1000}", "".join(classes)):
+    if len(names) == len(classes) == 1000 and classes[0] == "n01440764":
         names = classes  # the authors' files count the sorted classes of ImageNet
     weights = load_ar(path).state_dict()
-    rows = weights.pop("cls_embedding.weight")
+    theirs = weights.pop("cls_embedding.weight")
+    ours = model.state_dict()["cls_embedding.weight"]               # (classes + 1, D)
+    ours[-1] = theirs[-1]  # the null class
+    new = []
+    for row, name in zip(ours, classes):
+        if name in names:
+            row.copy_(theirs[names.index(name)])
+        else:
+            new.append(name)
     model.load_state_dict({**model.state_dict(), **weights})
-    taken = [name for name in classes if name in names]
-    with torch.no_grad():
-        model.cls_embedding.weight[-1] = rows[-1]  # the null class
-        for name in taken:
-            model.cls_embedding.weight[classes.index(name)] = rows[names.index(name)]
-    fresh = [name for name in classes if name not in names]
-    print0(f"from {path}: {len(taken)} classes by name; {len(fresh)} new: {' '.join(fresh[:10])}")
+    print0(f"from {path}: {len(classes) - len(new)} classes by name; "
+           f"{len(new)} new: {' '.join(new[:10])}")
 
 
 def main(argv=None):
@@ -258,8 +252,8 @@ def main(argv=None):
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
         dropped = dropped[mine.start % config.batch:][:len(mine)] < config.class_dropout
         labels = labels.masked_fill(dropped, architecture.num_classes)
-        labels = labels.to(device, non_blocking=True)               # (n,)
-        tokens = tokens.to(device, non_blocking=True)               # (n, N)
+        labels = labels.to(device)                                  # (n,)
+        tokens = tokens.to(device)                                  # (n, N)
         torch.manual_seed(seed_of(config.seed, "dropout", step, rank()))
 
         # Forward and backward, a micro-batch at a time
