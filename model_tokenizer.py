@@ -533,17 +533,22 @@ class Tokenizer(nn.Module):
         cond_k = cond.split(self.config.group_size, 1)[step.group]  # (B, N/K, D)
         return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
-    def denoise(self, x, schedule, conds, solver):
-        """Runs the steps of a schedule from noise x (B, 3, H, W); yields after each the next x and
-        the preview, both times sigma. conds: an iterable of condition tokens, one for each step."""
+    @torch.no_grad()
+    def denoise(self, x, conds, steps, solver, groups):
+        """Runs the steps of `sampling_schedule` from noise x (B, 3, H, W); yields after each the
+        preview and, after the last, the image. conds: an iterable of condition tokens (B, n, D),
+        one for each step."""
+        config = self.config
         assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
+        schedule = sampling_schedule(steps, config.num_groups, config.beta, groups)
         v_before = None
         for step, cond in zip(schedule, conds):
             v = self.velocity(x, step, cond)
             preview = predict_image(x, v, x.new_full((1,), step.t))
             x = solver_step(x, v, v_before, step, solver)
             v_before = v
-            yield x, preview
+            # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
+            yield (x if step.t_next == 1 else preview) / config.sigma
 
     @torch.no_grad()
     def decode(self, tokens, noise=None, steps=None, solver="adams2", groups=None):
@@ -554,32 +559,24 @@ class Tokenizer(nn.Module):
         groups, whose last step jumps to t = 1; default K. n must reach to the end of these groups.
         """
         config = self.config
-        steps = steps or config.num_groups
         groups = groups or config.num_groups
         length = groups * config.group_size
         assert length <= tokens.shape[1] <= config.num_tokens, f"{groups} groups: {length} tokens"
-        schedule = sampling_schedule(steps, config.num_groups, config.beta, groups)
         if noise is None:
             size = config.image_size
             noise = torch.randn(len(tokens), 3, size, size, device=tokens.device)
-        cond = self.condition(tokens[:, :length])                   # (B, n, D)
-        for x, _ in self.denoise(noise, schedule, itertools.repeat(cond), solver):
+        conds = itertools.repeat(self.condition(tokens[:, :length]))  # (B, n, D) each
+        for image in self.denoise(noise, conds, steps or config.num_groups, solver, groups):
             pass
-        return x / config.sigma
+        return image
 
-    @torch.no_grad()
     def stream(self, token_groups, noise, solver="adams2", groups=None):
         """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
         (B, 3, H, W), the estimate of the image. The last one, after all K groups or the first
         `groups`, is the image that `decode` with steps = K gives. A preview costs no call of the
         diffusion decoder. noise: (B, 3, H, W). solver: as in `decode`. Sec. 3.3.
         """
-        config = self.config
-        schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta,
-                                     groups or config.num_groups)
-
+        steps = self.config.num_groups
         tokens = itertools.accumulate(token_groups, lambda *parts: torch.cat(parts, 1))  # (B, n)
         conds = map(self.condition, tokens)                         # (B, n, D) each
-        for k, (x, preview) in enumerate(self.denoise(noise, schedule, conds, solver), 1):
-            # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
-            yield (x if k == len(schedule) else preview) / config.sigma
+        return self.denoise(noise, conds, steps, solver, groups or steps)
