@@ -121,16 +121,15 @@ def group_of(u, num_groups):
 
 
 def interpolate(x1, x0, t):
-    """x_t between noise x0 and data x1, both (B, 3, H, W), at flow times t (B,), or (1,) for all.
-    Eq. 3 and 4."""
-    t = t[:, None, None, None]
+    """x_t between noise x0 and data x1, both (B, 3, H, W), at flow times t, a number or
+    (B, 1, 1, 1). Eq. 3 and 4."""
     return t * x1 + (1 - t) * x0
 
 
 def predict_image(x, v, t):
     """Estimate of x1, the preview: x_t moved along velocity v, both (B, 3, H, W), from flow times
-    t (B,), or (1,) for all, to 1."""
-    return x + (1 - t[:, None, None, None]) * v
+    t, a number or (B, 1, 1, 1), to 1."""
+    return x + (1 - t) * v
 
 
 class Step(NamedTuple):
@@ -506,7 +505,8 @@ class Tokenizer(nn.Module):
         cond = cond[torch.arange(len(u), device=u.device), group]   # (B, N/K, D)
 
         x1 = config.sigma * images
-        xt = interpolate(x1, noise, t)                              # (B, 3, H, W)
+        times = t[:, None, None, None]                              # (B, 1, 1, 1)
+        xt = interpolate(x1, noise, times)                          # (B, 3, H, W)
         v, patches = self.diffusion(xt, t, cond)
         flow_loss = (v - (x1 - noise)).pow(2).mean() / config.sigma ** 2     # Eq. 2
 
@@ -515,7 +515,7 @@ class Tokenizer(nn.Module):
         mask = torch.arange(config.num_tokens, device=u.device) < length[:, None]  # (B, N)
         vq_loss = (quantized.loss * mask).sum() / mask.sum()
         repa = self.repa_head(patches) if self.repa_head is not None else None
-        predicted = predict_image(xt, v, t) / config.sigma
+        predicted = predict_image(xt, v, times) / config.sigma
         return TrainOutput(flow_loss, vq_loss, predicted, repa, quantized.tokens, z.detach())
 
     def encode(self, images):
@@ -544,7 +544,7 @@ class Tokenizer(nn.Module):
         v_before = None
         for step, cond in zip(schedule, conds):
             v = self.velocity(x, step, cond)
-            preview = predict_image(x, v, x.new_full((1,), step.t))
+            preview = predict_image(x, v, step.t)
             x = solver_step(x, v, v_before, step, solver)
             v_before = v
             # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.

@@ -376,7 +376,7 @@ def group_knows(model, images, noise, tokens):
                                   config.num_groups):
         first = step.group * config.group_size  # what comes after the group plays no part
         exchanged = torch.cat([tokens[:, :first], others[:, first:]], 1)  # (B, N)
-        xt = interpolate(x1, noise, x1.new_full((1,), step.t))
+        xt = interpolate(x1, noise, step.t)
         own, other = (model.velocity(xt, step, model.condition(chosen)) - (x1 - noise)
                       for chosen in (tokens, exchanged))
         ratios.append(other.pow(2).mean() / own.pow(2).mean())
