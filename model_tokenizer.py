@@ -226,8 +226,11 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim, eps=1e-6)
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
 
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h, L, d)
+    def qkv(self, x, context):
+        """Queries (B, h, L, d) of x (B, L, D); keys and values (B, h, M, d) of context (B, M, D)."""
+        parts = self.q(x), self.k(context), self.v(context)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+        return self.q_norm(q), self.k_norm(k), v
 
     def project(self, x):
         return self.out(x.transpose(1, 2).flatten(2))               # (B, L, D)
@@ -235,19 +238,15 @@ class Attention(nn.Module):
     def forward(self, x, rope, num_full):
         """Self-attention of x (B, L, D), see `attend`; queries and keys are rotated if there is a
         rope (2, L, d/2)."""
-        q = self.q_norm(self.heads(self.q(x)))                      # (B, h, L, d)
-        k = self.k_norm(self.heads(self.k(x)))
-        v = self.heads(self.v(x))
+        q, k, v = self.qkv(x, x)                                    # (B, h, L, d) each
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         return self.project(attend(q, k, v, num_full))
 
     def cross(self, x, context, rope):
         """Attention of x (B, L, D), rotated, to context (B, M, D), unrotated: (B, L, D)."""
-        q = rotate(self.q_norm(self.heads(self.q(x))), rope)        # (B, h, L, d)
-        k = self.k_norm(self.heads(self.k(context)))                # (B, h, M, d)
-        v = self.heads(self.v(context))
-        return self.project(attend(q, k, v, num_full=q.shape[2]))
+        q, k, v = self.qkv(x, context)
+        return self.project(attend(rotate(q, rope), k, v, num_full=q.shape[2]))
 
 
 def mlp(width, hidden):
