@@ -367,10 +367,6 @@ def sinusoid(t, width):
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
-
-
 class DiffusionBlock(nn.Module):
     """DiT block. Time and tokens enter only through shift, scale and gate (adaLN-zero), which
     differ from patch to patch because each patch fetches its own condition. Sec. 4."""
@@ -392,9 +388,9 @@ class DiffusionBlock(nn.Module):
         c = F.silu(self.time_mlp(t_emb)[:, None] + cond_per_patch)  # (B, L, D)
         # In float32, so that x stays float32 under autocast too.
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).float().chunk(6, -1)
-        y = modulate(layer_norm(x), shift1, scale1)
+        y = layer_norm(x) * (1 + scale1) + shift1
         x = x + gate1 * self.attention(y, rope, num_full=x.shape[1])         # each patch sees all
-        return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
+        return x + gate2 * self.mlp(layer_norm(x) * (1 + scale2) + shift2)
 
 
 class DiffusionOutput(NamedTuple):
