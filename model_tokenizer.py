@@ -327,7 +327,7 @@ class Quantizer(nn.Module):
             z = F.normalize(z.float(), dim=-1)                      # (B, N, C)
             rows = F.normalize(self.codebook, dim=-1)               # (V, C)
             # Of unit vectors, the nearest is the one of the largest product.
-            tokens = (z.detach() @ rows.detach().T).argmax(-1)      # (B, N)
+            tokens = (z @ rows.T).argmax(-1)                        # (B, N)
             nearest = rows[tokens]                                  # (B, N, C)
             loss = (nearest - z.detach()).pow(2)
             loss = loss + self.commitment * (nearest.detach() - z).pow(2)
