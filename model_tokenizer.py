@@ -506,8 +506,8 @@ class Tokenizer(nn.Module):
         flow_loss = (v - (x1 - noise)).pow(2).mean() / config.sigma ** 2     # Eq. 2
 
         # Only tokens up to the end of the chosen group had a say in this image's velocity.
-        length = (group + 1) * config.group_size                    # (B,)
-        mask = torch.arange(config.num_tokens, device=u.device) < length[:, None]  # (B, N)
+        groups = torch.arange(config.num_tokens, device=u.device) // config.group_size
+        mask = groups <= group[:, None]                             # (B, N)
         vq_loss = (quantized.loss * mask).sum() / mask.sum()
         repa = self.repa_head(patches) if self.repa_head is not None else None
         predicted = predict_image(xt, v, times) / config.sigma
