@@ -419,11 +419,10 @@ class DiffusionDecoder(nn.Module):
         cond = layer_norm(self.from_cond(cond))                     # (B, N/K, D)
         t_emb = sinusoid(t, x.shape[2])                             # (B or 1, D)
         rope = rope_2d(grid_positions(*grid, x.device), config.head_dim)  # (2, L, d/2)
-        tapped = x
-        for depth, block in enumerate(self.blocks, 1):
-            x = block(x, t_emb, cond, rope)
-            if depth == config.repa_depth:
+        for done, block in enumerate(self.blocks):
+            if done == config.repa_depth:
                 tapped = x
+            x = block(x, t_emb, cond, rope)
         with torch.autocast(x.device.type, enabled=False):
             v = self.to_pixels(layer_norm(x))                       # (B, L, 3 p p)
         v = v.transpose(1, 2).unflatten(2, grid)                    # (B, 3 p p, H/p, W/p)
