@@ -478,10 +478,10 @@ class Tokenizer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=self.config.init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.encoder.query_table, std=1.0)
+        nn.init.normal_(self.encoder.query_table)
         nn.init.trunc_normal_(self.decoder.positions, std=self.config.init_std)
-        nn.init.normal_(self.quantizer.codebook)
-        self.quantizer.codebook.data = F.normalize(self.quantizer.codebook.data, dim=-1)
+        codebook = nn.init.normal_(self.quantizer.codebook)
+        codebook.data = F.normalize(codebook.data, dim=-1)
         for block in self.diffusion.blocks:
             nn.init.normal_(block.modulation.weight, std=self.config.modulation_std)
         nn.init.zeros_(self.diffusion.to_pixels.weight)
