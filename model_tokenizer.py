@@ -363,7 +363,7 @@ def sinusoid(t, width):
     """Features (B, width) of flow times t (B,): cosines, then sines, of 1000 t."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-    angles = 1000 * t[:, None].float() * frequencies                # (B, width / 2)
+    angles = 1000 * t[:, None] * frequencies                        # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
