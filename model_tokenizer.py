@@ -508,7 +508,7 @@ class Tokenizer(nn.Module):
         groups = torch.arange(config.num_tokens, device=u.device) // config.group_size
         mask = groups <= group[:, None]                             # (B, N)
         vq_loss = (quantized.loss * mask).sum() / mask.sum()
-        repa = self.repa_head(patches) if self.repa_head is not None else None
+        repa = self.repa_head(patches) if self.repa_head else None
         predicted = predict_image(xt, v, times) / config.sigma
         return TrainOutput(flow_loss, vq_loss, predicted, repa, quantized.tokens, z.detach())
 
