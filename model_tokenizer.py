@@ -173,10 +173,9 @@ def to_patches(images, patch):
     return patches.flatten(2).transpose(1, 2), patches.shape[2:]
 
 
-def grid_positions(height, width, device):
+def grid_positions(grid, device):
     """Row and column (L, 2) of each patch of a grid, row by row."""
-    return torch.cartesian_prod(torch.arange(height, device=device),
-                                torch.arange(width, device=device))
+    return torch.cartesian_prod(*(torch.arange(side, device=device) for side in grid))
 
 
 def rope_2d(positions, head_dim):
@@ -298,7 +297,7 @@ class Encoder(nn.Module):
         queries = self.query_up(self.query_table[:config.num_tokens])  # (N, D)
         x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)  # (B, L + N, D)
         # Query tokens have no place in the image: position 0, which is no rotation (App. I).
-        positions = grid_positions(*grid, images.device)            # (L, 2)
+        positions = grid_positions(grid, images.device)             # (L, 2)
         positions = F.pad(positions, (0, 0, 0, config.num_tokens))  # (L + N, 2)
         rope = rope_2d(positions, config.head_dim)                  # (2, L + N, d/2)
         for block in self.blocks:  # patches see all patches; queries are causal
@@ -418,7 +417,7 @@ class DiffusionDecoder(nn.Module):
         x = self.from_pixels(x).float()                             # (B, L, D)
         cond = layer_norm(self.from_cond(cond))                     # (B, N/K, D)
         t_emb = sinusoid(t, x.shape[2])                             # (B or 1, D)
-        rope = rope_2d(grid_positions(*grid, x.device), config.head_dim)  # (2, L, d/2)
+        rope = rope_2d(grid_positions(grid, x.device), config.head_dim)   # (2, L, d/2)
         for done, block in enumerate(self.blocks):
             if done == config.repa_depth:
                 tapped = x
