@@ -339,11 +339,10 @@ class CodebookUse(nn.Module):
 
     def update(self, tokens):
         """Counts one more step, in which this process saw `tokens` (any shape)."""
-        used = torch.zeros_like(self.idle)
-        used[tokens.flatten()] = 1
+        self.idle += 1
+        self.idle[tokens.flatten()] = 0
         if dist.is_initialized():
-            dist.all_reduce(used, dist.ReduceOp.MAX)
-        self.idle = torch.where(used > 0, 0, self.idle + 1)
+            dist.all_reduce(self.idle, dist.ReduceOp.MIN)
 
     def share(self, window):
         """Share () of the codebook used in the last `window` steps."""
