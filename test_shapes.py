@@ -523,7 +523,8 @@ def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(t
         assert np.array_equal(np.flip(plain, 2), crops[1::2])
     # A large JPEG is decoded at a fraction for random crops, and only for them.
     save_images(tmp_path / "x", pixels, ".jpg")
-    train, held_out = train_tokenizer.open_data(str(tmp_path), 32, 32)
+    train, held_out = train_tokenizer.open_data(str(tmp_path), 32)
+    train.draft_size = 32
     assert train[0][0].size == (100, 128) and held_out[0][0].size == (200, 256)
 
 

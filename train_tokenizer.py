@@ -143,11 +143,11 @@ def subfolders(root):
 
 class Folder:
     """Images in one sub-folder a class, at any depth. classes: the names that labels count; None:
-    the sub-folders in sorted order. draft_size: see `read_image`. Raises Mistake."""
+    the sub-folders in sorted order. Raises Mistake."""
+    draft_size = 0  # see `read_image`
 
-    def __init__(self, root, classes=None, draft_size=0):
+    def __init__(self, root, classes=None):
         self.root = root
-        self.draft_size = draft_size
         # In one form: systems write accents in two ways
         folders = {unicodedata.normalize("NFC", name): name for name in subfolders(root)}
         self.classes = classes or sorted(folders)
@@ -169,12 +169,11 @@ class Folder:
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.searchsorted(self.classes, of)
 
-    def some(self, chosen, draft_size):
+    def some(self, chosen):
         """The same classes with those of the images that a mask chooses."""
         part = copy.copy(self)
         part.names = self.names[chosen]
         part.labels = self.labels[chosen]
-        part.draft_size = draft_size
         return part
 
     def __repr__(self):
@@ -194,10 +193,10 @@ class Folder:
 HELD_OUT = ("val", "valid", "validation", "test")
 
 
-def open_data(data, size, draft_size=0):
+def open_data(data, size):
     """Training and held-out images of `--data`: "shapes"; a folder that holds `train` and, under a
     usual name, held-out folders of classes; or a folder of classes. Where nothing is held out,
-    every 100th image is. draft_size: of the training images, see `read_image`."""
+    every 100th image is."""
     if data == "shapes":
         return Shapes(0, 10_000, size), Shapes(1_000_000, 1_000, size)
     if not os.path.isdir(data):
@@ -208,13 +207,13 @@ def open_data(data, size, draft_size=0):
     split = "train" in folders and (only_splits or subfolders(folders["train"]))
     if folders and only_splits and not split:
         raise Mistake(f"{data} holds {', '.join(folders)}, but no folder train")
-    train = Folder(folders["train"] if split else data, draft_size=draft_size)
+    train = Folder(folders["train"] if split else data)
     for name in HELD_OUT:
         if split and name in folders:
             return train, Folder(folders[name], train.classes)
     held_out = np.arange(len(train)) % 100 == 0
     rest = ~held_out if len(train) > 1 else held_out
-    return train.some(rest, draft_size), train.some(held_out, 0)
+    return train.some(rest), train.some(held_out)
 
 
 def read_any(source, i):
@@ -563,7 +562,8 @@ def main(argv=None):
 
     # Data
     size = architecture.image_size
-    train, held_out = open_data(config.data, size, draft_size=size)
+    train, held_out = open_data(config.data, size)
+    train.draft_size = size  # random crops need no more of a large JPEG
     shown = [read_any(held_out, i)[0] for i in spread(config.eval_images, len(held_out))]
     shown = torch.stack([to_tensor(center_crop(image, size)) for image in shown]).to(device)
 
