@@ -294,7 +294,7 @@ class PerceptualLoss(nn.Module):
     def forward(self, output, images):
         """Mean distance () of predicted images and images (B, 3, H, W) in [-1, 1]."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.net(output.predicted.float(), images.float()).mean()
+            return self.net(output.predicted, images).mean()
 
 
 class RepaLoss(nn.Module):
@@ -310,10 +310,9 @@ class RepaLoss(nn.Module):
     def forward(self, output, images):
         """Mean over patches (); images (B, 3, H, W) in [-1, 1]."""
         side = 14 * math.isqrt(output.repa.shape[1])                         # 224 for 256 pixels
-        with torch.no_grad():
-            normal = ((images + 1) / 2 - self.mean) / self.std
-            small = F.interpolate(normal, size=(side, side), mode="bicubic", antialias=False)
-            features = self.net.forward_features(small)["x_norm_patchtokens"]
+        normal = ((images + 1) / 2 - self.mean) / self.std
+        small = F.interpolate(normal, side, mode="bicubic")
+        features = self.net.forward_features(small)["x_norm_patchtokens"]
         cosines = F.cosine_similarity(output.repa.float(), features.float(), dim=-1)
         return 1 - cosines.mean()
 
