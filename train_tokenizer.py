@@ -422,13 +422,15 @@ def update_ema(ema, model, decay):
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def distribute(model, blocks, config, device):
+def distribute(model, config, device):
     """What to call in place of the model: with compiled blocks, in step with the other processes.
     The model itself stays as it is, to be saved and averaged."""
     if config.compile and device.type == "cuda":
         torch._dynamo.config.optimize_ddp = False  # it would split what is compiled by blocks
-        for block in blocks:
-            block.compile(dynamic=False)
+        for blocks in model.modules():
+            if isinstance(blocks, nn.ModuleList):
+                for block in blocks:
+                    block.compile(dynamic=False)
     if world() == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -582,8 +584,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, config)
     parts = {"model": model, "ema": ema, "use": use}
     record = Record(config, "tokenizer", parts, optimizer, asdict(architecture), len(train))
-    blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.diffusion.blocks]
-    ddp = distribute(model, blocks, config, device)
+    ddp = distribute(model, config, device)
 
     # Loop
     data = load_crops(Crops(train, config, size), config, record.first_step, device)
