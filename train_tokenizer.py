@@ -456,7 +456,7 @@ class Record:
     def __post_init__(self):
         self.settings = {**asdict(self.config), "images": self.num_images}
         self.sums = defaultdict(float)  # of losses since the last log line
-        self.first_step = self.resume()
+        self.first_step = self.logged = self.resume()
         self.began = self.saved_at = time.time()
         size = sum(parameter.numel() for parameter in self.parts["model"].parameters())
         print0(f"{self.kind}: {size:,} parameters, {self.num_images:,} training images, {world()} "
@@ -510,7 +510,8 @@ class Record:
         means = torch.stack([*self.sums.values()])
         if dist.is_initialized():
             dist.all_reduce(means)
-        means /= world() * min(step - self.first_step, (step - 1) % config.log_every + 1)
+        means /= world() * (step - self.logged)
+        self.logged = step
         means = dict(zip(self.sums, means.tolist()))
         check_finite(means)
         self.sums.clear()
