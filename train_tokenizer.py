@@ -125,7 +125,7 @@ class Shapes:
         picture = Image.fromarray(ground).resize((side, side), Image.Resampling.BILINEAR)
         picture = picture.convert("RGB")
         rows = SHAPES[self.classes[label]].split()
-        mask = Image.fromarray(np.array([[cell == "#" for cell in row] for row in rows]))
+        mask = Image.fromarray(np.array([*map(list, rows)]) == "#")
         size = int(side * rng.uniform(0.8, 0.95))
         left, top = ((side - size) * rng.uniform(0.35, 0.65, 2)).astype(int).tolist()
         hue = 60 * rng.integers(6) + rng.integers(12)  # red, yellow, green, cyan, blue, magenta
