@@ -183,11 +183,9 @@ class Folder:
     def __len__(self):
         return len(self.names)
 
-    def path(self, i):
-        return os.path.join(self.root, os.fsdecode(self.names[i]))
-
     def __getitem__(self, i):
-        return read_image(self.path(i), self.draft_size), int(self.labels[i])
+        path = os.path.join(self.root, os.fsdecode(self.names[i]))
+        return read_image(path, self.draft_size), int(self.labels[i])
 
 
 HELD_OUT = ("val", "valid", "validation", "test")
