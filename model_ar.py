@@ -81,11 +81,11 @@ class KVCache(nn.Module):
         self.register_buffer("k", torch.zeros(shape))
         self.register_buffer("v", torch.zeros(shape))
 
-    def update(self, pos, k, v):
-        """Writes k, v (B, h, n, d) at positions pos (n,); returns those of all N positions."""
+    def update(self, pos, k, v, length):
+        """Writes k, v (B, h, n, d) at positions pos (n,); returns those of the first `length`."""
         self.k[:, :, pos] = k
         self.v[:, :, pos] = v
-        return self.k, self.v                                       # (B, h, N, d) each
+        return self.k[:, :, :length], self.v[:, :, :length]         # (B, h, length, d) each
 
 
 class Attention(nn.Module):
@@ -102,13 +102,9 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))       # (B, n, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, h, n, d) each
         q, k = rotate(q, rope), rotate(k, rope)
-        if cache is None:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            length = mask.shape[1]
-            k, v = cache.update(pos, k, v)
-            k, v = k[:, :, :length], v[:, :, :length]               # (B, h, length, d)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if cache is not None:
+            k, v = cache.update(pos, k, v, mask.shape[1])           # (B, h, length, d) each
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None)
         return self.wo(x.transpose(1, 2).flatten(2))                # (B, n, D)
 
 
