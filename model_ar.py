@@ -113,7 +113,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = find_multiple(int(8 * config.width / 3), 256)
+        hidden = find_multiple(8 * config.width / 3, 256)
         self.w1 = nn.Linear(config.width, hidden, bias=False)
         self.w3 = nn.Linear(config.width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, config.width, bias=False)
