@@ -226,9 +226,10 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
 
     def qkv(self, x, context):
-        """Queries (B, h, L, d) of x (B, L, D); keys and values (B, h, M, d) of context (B, M, D)."""
+        """Queries (B, h, L, d) of x (B, L, D); keys and values (B, h, M, d) of context (B, M, D).
+        """
         parts = self.q(x), self.k(context), self.v(context)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+        q, k, v = [part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts]
         return self.q_norm(q), self.k_norm(k), v
 
     def project(self, x):
