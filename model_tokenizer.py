@@ -201,15 +201,14 @@ def attend(q, k, v, num_full):
     """Attention of q, k, v (B, h, L, d). The first `num_full` positions see one another, each later
     one sees all up to its own. There is no mask, so flash kernels serve."""
     q, k = q.type_as(v), k.type_as(v)
-    n = num_full
-    if n == q.shape[2]:
+    if num_full == q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v)
     causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if n == 0:
+    if num_full == 0:
         return causal
     # The causal call computes the first rows too, and they are dropped: still cheaper than a mask.
-    full = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
-    return torch.cat([full, causal[:, :, n:]], 2)
+    full = F.scaled_dot_product_attention(*(x[:, :, :num_full] for x in (q, k, v)))
+    return torch.cat([full, causal[:, :, num_full:]], 2)
 
 
 class Attention(nn.Module):
