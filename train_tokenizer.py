@@ -311,7 +311,7 @@ class RepaLoss(nn.Module):
         normal = ((images + 1) / 2 - self.mean) / self.std
         small = F.interpolate(normal, side, mode="bicubic")
         features = self.net.forward_features(small)["x_norm_patchtokens"]
-        cosines = F.cosine_similarity(output.repa.float(), features.float(), dim=-1)
+        cosines = F.cosine_similarity(output.repa, features, dim=-1)  # float32 under autocast, too
         return 1 - cosines.mean()
 
 
