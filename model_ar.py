@@ -166,17 +166,12 @@ class AR(nn.Module):
         """Embeddings (B, 1 + n, D) of class labels (B,) and tokens (B, n)."""
         return torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(tokens)], 1)
 
-    def trunk(self, x, pos, cache=None, length=0):
+    def trunk(self, x, pos, cache=None, mask=None):
         """Features (B, n, D), which `output` turns into logits, of embeddings x (B, n, D) at
-        positions pos (n,). Without a cache they begin the sequence; with one they see the `length`
-        positions that it holds so far, as far as these are not later."""
+        positions pos (n,). Without a cache they begin the sequence; with one they see the first
+        positions that it holds, those where the mask (n, length) is true."""
         rope = rope_1d(pos, self.config.width // self.config.heads, self.config.rope_base)
-        mask = None
-        if cache is None:
-            cache = [None] * len(self.layers)
-        else:
-            mask = torch.arange(length, device=pos.device) <= pos[:, None]  # (n, length)
-        for layer, kv in zip(self.layers, cache):
+        for layer, kv in zip(self.layers, cache or [None] * len(self.layers)):
             x = layer(x, rope, kv, pos, mask)
         return self.norm(x)
 
@@ -262,7 +257,8 @@ def decode_one_token(model, cache, token, pos, length, scale):
 def next_logits(model, cache, x, pos, length, scale):
     """Logits (B, V) float32 after embeddings x (B or 2B, n, D) at positions pos (n,), with guidance
     of a scale (), if any."""
-    x = model.trunk(x, pos, cache, length)
+    mask = torch.arange(length, device=pos.device) <= pos[:, None]  # (n, length)
+    x = model.trunk(x, pos, cache, mask)
     logits = model.output(x[:, -1]).float()                         # (B or 2B, V)
     if scale is None:
         return logits
