@@ -404,11 +404,12 @@ class DiffusionDecoder(nn.Module):
         super().__init__()
         width = config.diffusion_width
         self.config = config
-        self.from_pixels = nn.Linear(3 * config.diffusion_patch ** 2, width)
+        pixels = 3 * config.diffusion_patch ** 2
+        self.from_pixels = nn.Linear(pixels, width)
         self.from_cond = nn.Linear(config.decoder_width, width)
         self.blocks = nn.ModuleList(
             DiffusionBlock(width, config.head_dim) for _ in range(config.diffusion_depth))
-        self.to_pixels = nn.Linear(width, 3 * config.diffusion_patch ** 2)
+        self.to_pixels = nn.Linear(width, pixels)
 
     def forward(self, x, t, cond):
         """x: (B, 3, H, W) images x_t. t: (B,), or (1,) for all. cond: (B, N/K, D), one group."""
