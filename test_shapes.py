@@ -589,7 +589,8 @@ def test_perceptual_and_alignment_losses_fall_to_0_where_they_should_and_train(t
     assert lpips(output, images) == 0 and not lpips.net.training
     distance = lpips(output._replace(predicted=other), images)
     assert distance > 0 and distance.requires_grad
-    small = F.interpolate((images / 2 + 0.5 - repa.mean) / repa.std, size=(56, 56), mode="bicubic")
+    mean, std = repa.moments
+    small = F.interpolate((images / 2 + 0.5 - mean) / std, 56, mode="bicubic")
     features = dino.forward_features(small)["x_norm_patchtokens"]        # (2, 16, 768)
     assert abs(repa(output._replace(repa=features), images)) < 1e-5  # rounding of a cosine
     assert repa(output._replace(repa=-features), images) > 1

@@ -302,13 +302,14 @@ class RepaLoss(nn.Module):
         super().__init__()
         net = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", verbose=False)
         self.net = net.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        moments = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+        self.register_buffer("moments", moments[..., None, None])            # (2, 3, 1, 1)
 
     def forward(self, output, images):
         """Mean over patches (); images (B, 3, H, W) in [-1, 1]."""
         side = 14 * math.isqrt(output.repa.shape[1])                         # 224 for 256 pixels
-        normal = ((images + 1) / 2 - self.mean) / self.std
+        mean, std = self.moments
+        normal = ((images + 1) / 2 - mean) / std
         small = F.interpolate(normal, side, mode="bicubic")
         features = self.net.forward_features(small)["x_norm_patchtokens"]
         cosines = F.cosine_similarity(output.repa, features, dim=-1)  # float32 under autocast, too
