@@ -364,12 +364,11 @@ def group_knows(model, images, noise, tokens):
     images, noise: (B, 3, H, W), tokens: (B, N), of two images or more."""
     config = model.config
     x1 = config.sigma * images
-    others = tokens.roll(1, 0)
     ratios = []
     for step in sampling_schedule(config.num_groups, config.num_groups, config.beta,
                                   config.num_groups):
         first = step.group * config.group_size  # what comes after the group plays no part
-        exchanged = torch.cat([tokens[:, :first], others[:, first:]], 1)  # (B, N)
+        exchanged = torch.cat([tokens[:, :first], tokens.roll(1, 0)[:, first:]], 1)  # (B, N)
         xt = interpolate(x1, noise, step.t)
         own, other = (model.velocity(xt, step, model.condition(chosen)) - (x1 - noise)
                       for chosen in (tokens, exchanged))
