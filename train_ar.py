@@ -144,7 +144,7 @@ def read_codes(config, tokenizer, train):
     which the first call writes. The folder is named after the tokenizer and the images' names;
     other images under the same names need another --codes."""
     views = Views(train, tokenizer.config.image_size, config.views, config.flip)
-    name = digest(tokenizer, repr(train), config.views, config.flip)
+    name = digest(tokenizer, train, config.views, config.flip)
     paths = shards(os.path.join(config.codes, name), len(train), SHARD,
                    lambda numbers: encode_all(tokenizer, views, numbers, config.workers))
     return [np.load(path, mmap_mode="r") for path in paths]
