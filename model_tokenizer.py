@@ -512,10 +512,10 @@ class Tokenizer(nn.Module):
         predicted = predict_image(xt, v, times) / config.sigma
         return TrainOutput(flow_loss, vq_loss, predicted, repa, quantized.tokens, z.detach())
 
+    @torch.no_grad()
     def encode(self, images):
         """Tokens (B, N) int64 of images (B, 3, H, W) in [-1, 1]. Eq. 1."""
-        with torch.no_grad():
-            return self.quantizer(self.encoder(images)).tokens
+        return self.quantizer(self.encoder(images)).tokens
 
     def condition(self, tokens):
         """Condition tokens (B, n, D) of the first n tokens (B, n), n <= N."""
