@@ -540,6 +540,14 @@ def draw_times(batch, generator):
     return (parts + torch.rand(batch, generator=generator, device=device)) / batch
 
 
+def load_crops(crops, config, first_step, device):
+    """Images (micro, 3, H, W) of this process from a step on."""
+    mine = chain.from_iterable(positions(config, i) for i in range(first_step, config.steps))
+    return iter(torch.utils.data.DataLoader(
+        crops, config.batch // world() // passes_of(config), sampler=mine,
+        num_workers=config.workers, pin_memory=device.type == "cuda"))
+
+
 def main(argv=None):
     # Settings and processes
     config, architecture = parse(PRESETS, argv, __doc__)
@@ -575,12 +583,8 @@ def main(argv=None):
     record = Record(config, "tokenizer", parts, optimizer, asdict(architecture), len(train))
     ddp = distribute(model, config, device)
 
-    # Loop, over images of this process from the next step on
-    steps = range(record.first_step, config.steps)
-    data = iter(torch.utils.data.DataLoader(
-        Crops(train, config, size), config.batch // world() // passes,
-        sampler=chain.from_iterable(positions(config, i) for i in steps),
-        num_workers=config.workers, pin_memory=device.type == "cuda"))
+    # Loop
+    data = load_crops(Crops(train, config, size), config, record.first_step, device)
     for step in range(record.first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
