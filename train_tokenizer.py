@@ -339,10 +339,6 @@ class CodebookUse(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(self.idle, dist.ReduceOp.MIN)
 
-    def share(self, window):
-        """Share () of the codebook used in the last `window` steps."""
-        return (self.idle < window).float().mean()
-
     @torch.no_grad()
     def reseed(self, z, generator, after, codebooks):
         """Sets rows that have gone unused for `after` steps, and again after as many, to random
@@ -625,7 +621,7 @@ def main(argv=None):
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
         # Log, evaluate, save
-        record.log_means(step, codebook=use.share(config.log_every))
+        record.log_means(step, codebook=(use.idle < config.log_every).float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
             numbers, picture = evaluate(ema, shown, config.seed)
             record.log(step=step, **numbers)
