@@ -391,11 +391,10 @@ def evaluate(model, images, seed):
 
 def make_optimizer(model, config):
     """AdamW, with weight decay of matrices only. `set_lr` sets the learning rate of each step."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True)
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2]},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2),
+                             weight_decay=config.weight_decay, fused=True)
 
 
 def set_lr(optimizer, step, config):
