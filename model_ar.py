@@ -81,11 +81,11 @@ class KVCache(nn.Module):
         self.register_buffer("k", torch.zeros(shape))
         self.register_buffer("v", torch.zeros(shape))
 
-    def update(self, pos, k, v):
-        """Writes k, v (B, h, n, d) at positions pos (n,); returns those of all N positions."""
+    def update(self, pos, k, v, length):
+        """Writes k, v (B, h, n, d) at positions pos (n,); returns those of the first `length`."""
         self.k[:, :, pos] = k
         self.v[:, :, pos] = v
-        return self.k, self.v                                       # (B, h, N, d) each
+        return self.k[:, :, :length], self.v[:, :, :length]         # (B, h, length, d) each
 
 
 class Attention(nn.Module):
@@ -102,13 +102,9 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))       # (B, n, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, h, n, d) each
         q, k = rotate(q, rope), rotate(k, rope)
-        if cache is None:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            length = mask.shape[1]
-            k, v = cache.update(pos, k, v)
-            k, v = k[:, :, :length], v[:, :, :length]               # (B, h, length, d)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if cache is not None:
+            k, v = cache.update(pos, k, v, mask.shape[1])           # (B, h, length, d) each
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None)
         return self.wo(x.transpose(1, 2).flatten(2))                # (B, n, D)
 
 
@@ -117,7 +113,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = find_multiple(int(8 * config.width / 3), 256)
+        hidden = find_multiple(8 * config.width / 3, 256)
         self.w1 = nn.Linear(config.width, hidden, bias=False)
         self.w3 = nn.Linear(config.width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, config.width, bias=False)
@@ -170,17 +166,12 @@ class AR(nn.Module):
         """Embeddings (B, 1 + n, D) of class labels (B,) and tokens (B, n)."""
         return torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(tokens)], 1)
 
-    def trunk(self, x, pos, cache=None, length=0):
+    def trunk(self, x, pos, cache=None, mask=None):
         """Features (B, n, D), which `output` turns into logits, of embeddings x (B, n, D) at
-        positions pos (n,). Without a cache they begin the sequence; with one they see the `length`
-        positions that it holds so far, as far as these are not later."""
+        positions pos (n,). Without a cache they begin the sequence; with one they see the first
+        positions that it holds, those where the mask (n, length) is true."""
         rope = rope_1d(pos, self.config.width // self.config.heads, self.config.rope_base)
-        mask = None
-        if cache is None:
-            cache = [None] * len(self.layers)
-        else:
-            mask = torch.arange(length, device=pos.device) <= pos[:, None]  # (n, length)
-        for layer, kv in zip(self.layers, cache):
+        for layer, kv in zip(self.layers, cache or [None] * len(self.layers)):
             x = layer(x, rope, kv, pos, mask)
         return self.norm(x)
 
@@ -266,7 +257,8 @@ def decode_one_token(model, cache, token, pos, length, scale):
 def next_logits(model, cache, x, pos, length, scale):
     """Logits (B, V) float32 after embeddings x (B or 2B, n, D) at positions pos (n,), with guidance
     of a scale (), if any."""
-    x = model.trunk(x, pos, cache, length)
+    mask = torch.arange(length, device=pos.device) <= pos[:, None]  # (n, length)
+    x = model.trunk(x, pos, cache, mask)
     logits = model.output(x[:, -1]).float()                         # (B or 2B, V)
     if scale is None:
         return logits
@@ -278,7 +270,7 @@ def filter_logits(logits, top_k, top_p):
     """Logits (B, V) with all but the top_k largest at -inf, and all but the likeliest ones of more
     than probability top_p together. top_k = 0 and top_p = 1 keep everything."""
     if top_k > 0:
-        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        smallest = logits.topk(top_k).values[:, -1:]                # (B, 1)
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(descending=True)               # (B, V)

@@ -121,16 +121,15 @@ def group_of(u, num_groups):
 
 
 def interpolate(x1, x0, t):
-    """x_t between noise x0 and data x1, both (B, 3, H, W), at flow times t (B,), or (1,) for all.
-    Eq. 3 and 4."""
-    t = t[:, None, None, None]
+    """x_t between noise x0 and data x1, both (B, 3, H, W), at flow times t, a number or
+    (B, 1, 1, 1). Eq. 3 and 4."""
     return t * x1 + (1 - t) * x0
 
 
 def predict_image(x, v, t):
     """Estimate of x1, the preview: x_t moved along velocity v, both (B, 3, H, W), from flow times
-    t (B,), or (1,) for all, to 1."""
-    return x + (1 - t[:, None, None, None]) * v
+    t, a number or (B, 1, 1, 1), to 1."""
+    return x + (1 - t) * v
 
 
 class Step(NamedTuple):
@@ -174,10 +173,9 @@ def to_patches(images, patch):
     return patches.flatten(2).transpose(1, 2), patches.shape[2:]
 
 
-def grid_positions(height, width, device):
+def grid_positions(grid, device):
     """Row and column (L, 2) of each patch of a grid, row by row."""
-    return torch.cartesian_prod(torch.arange(height, device=device),
-                                torch.arange(width, device=device))
+    return torch.cartesian_prod(*(torch.arange(side, device=device) for side in grid))
 
 
 def rope_2d(positions, head_dim):
@@ -203,15 +201,14 @@ def attend(q, k, v, num_full):
     """Attention of q, k, v (B, h, L, d). The first `num_full` positions see one another, each later
     one sees all up to its own. There is no mask, so flash kernels serve."""
     q, k = q.type_as(v), k.type_as(v)
-    n = num_full
-    if n == q.shape[2]:
+    if num_full == q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v)
     causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if n == 0:
+    if num_full == 0:
         return causal
     # The causal call computes the first rows too, and they are dropped: still cheaper than a mask.
-    full = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
-    return torch.cat([full, causal[:, :, n:]], 2)
+    full = F.scaled_dot_product_attention(*(x[:, :, :num_full] for x in (q, k, v)))
+    return torch.cat([full, causal[:, :, num_full:]], 2)
 
 
 class Attention(nn.Module):
@@ -227,8 +224,12 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim, eps=1e-6)
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
 
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h, L, d)
+    def qkv(self, x, context):
+        """Queries (B, h, L, d) of x (B, L, D); keys and values (B, h, M, d) of context (B, M, D).
+        """
+        parts = self.q(x), self.k(context), self.v(context)
+        q, k, v = [part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts]
+        return self.q_norm(q), self.k_norm(k), v
 
     def project(self, x):
         return self.out(x.transpose(1, 2).flatten(2))               # (B, L, D)
@@ -236,19 +237,15 @@ class Attention(nn.Module):
     def forward(self, x, rope, num_full):
         """Self-attention of x (B, L, D), see `attend`; queries and keys are rotated if there is a
         rope (2, L, d/2)."""
-        q = self.q_norm(self.heads(self.q(x)))                      # (B, h, L, d)
-        k = self.k_norm(self.heads(self.k(x)))
-        v = self.heads(self.v(x))
+        q, k, v = self.qkv(x, x)                                    # (B, h, L, d) each
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         return self.project(attend(q, k, v, num_full))
 
     def cross(self, x, context, rope):
         """Attention of x (B, L, D), rotated, to context (B, M, D), unrotated: (B, L, D)."""
-        q = rotate(self.q_norm(self.heads(self.q(x))), rope)        # (B, h, L, d)
-        k = self.k_norm(self.heads(self.k(context)))                # (B, h, M, d)
-        v = self.heads(self.v(context))
-        return self.project(attend(q, k, v, num_full=q.shape[2]))
+        q, k, v = self.qkv(x, context)
+        return self.project(attend(rotate(q, rope), k, v, num_full=q.shape[2]))
 
 
 def mlp(width, hidden):
@@ -300,7 +297,7 @@ class Encoder(nn.Module):
         queries = self.query_up(self.query_table[:config.num_tokens])  # (N, D)
         x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)  # (B, L + N, D)
         # Query tokens have no place in the image: position 0, which is no rotation (App. I).
-        positions = grid_positions(*grid, images.device)            # (L, 2)
+        positions = grid_positions(grid, images.device)             # (L, 2)
         positions = F.pad(positions, (0, 0, 0, config.num_tokens))  # (L + N, 2)
         rope = rope_2d(positions, config.head_dim)                  # (2, L + N, d/2)
         for block in self.blocks:  # patches see all patches; queries are causal
@@ -329,7 +326,7 @@ class Quantizer(nn.Module):
             z = F.normalize(z.float(), dim=-1)                      # (B, N, C)
             rows = F.normalize(self.codebook, dim=-1)               # (V, C)
             # Of unit vectors, the nearest is the one of the largest product.
-            tokens = (z.detach() @ rows.detach().T).argmax(-1)      # (B, N)
+            tokens = (z @ rows.T).argmax(-1)                        # (B, N)
             nearest = rows[tokens]                                  # (B, N, C)
             loss = (nearest - z.detach()).pow(2)
             loss = loss + self.commitment * (nearest.detach() - z).pow(2)
@@ -365,12 +362,8 @@ def sinusoid(t, width):
     """Features (B, width) of flow times t (B,): cosines, then sines, of 1000 t."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-    angles = 1000 * t[:, None].float() * frequencies                # (B, width / 2)
+    angles = 1000 * t[:, None] * frequencies                        # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], 1)
-
-
-def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
 
 
 class DiffusionBlock(nn.Module):
@@ -394,9 +387,9 @@ class DiffusionBlock(nn.Module):
         c = F.silu(self.time_mlp(t_emb)[:, None] + cond_per_patch)  # (B, L, D)
         # In float32, so that x stays float32 under autocast too.
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).float().chunk(6, -1)
-        y = modulate(layer_norm(x), shift1, scale1)
+        y = layer_norm(x) * (1 + scale1) + shift1
         x = x + gate1 * self.attention(y, rope, num_full=x.shape[1])         # each patch sees all
-        return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
+        return x + gate2 * self.mlp(layer_norm(x) * (1 + scale2) + shift2)
 
 
 class DiffusionOutput(NamedTuple):
@@ -411,11 +404,12 @@ class DiffusionDecoder(nn.Module):
         super().__init__()
         width = config.diffusion_width
         self.config = config
-        self.from_pixels = nn.Linear(3 * config.diffusion_patch ** 2, width)
+        pixels = 3 * config.diffusion_patch ** 2
+        self.from_pixels = nn.Linear(pixels, width)
         self.from_cond = nn.Linear(config.decoder_width, width)
         self.blocks = nn.ModuleList(
             DiffusionBlock(width, config.head_dim) for _ in range(config.diffusion_depth))
-        self.to_pixels = nn.Linear(width, 3 * config.diffusion_patch ** 2)
+        self.to_pixels = nn.Linear(width, pixels)
 
     def forward(self, x, t, cond):
         """x: (B, 3, H, W) images x_t. t: (B,), or (1,) for all. cond: (B, N/K, D), one group."""
@@ -424,12 +418,11 @@ class DiffusionDecoder(nn.Module):
         x = self.from_pixels(x).float()                             # (B, L, D)
         cond = layer_norm(self.from_cond(cond))                     # (B, N/K, D)
         t_emb = sinusoid(t, x.shape[2])                             # (B or 1, D)
-        rope = rope_2d(grid_positions(*grid, x.device), config.head_dim)  # (2, L, d/2)
-        tapped = x
-        for depth, block in enumerate(self.blocks, 1):
-            x = block(x, t_emb, cond, rope)
-            if depth == config.repa_depth:
+        rope = rope_2d(grid_positions(grid, x.device), config.head_dim)   # (2, L, d/2)
+        for done, block in enumerate(self.blocks):
+            if done == config.repa_depth:
                 tapped = x
+            x = block(x, t_emb, cond, rope)
         with torch.autocast(x.device.type, enabled=False):
             v = self.to_pixels(layer_norm(x))                       # (B, L, 3 p p)
         v = v.transpose(1, 2).unflatten(2, grid)                    # (B, 3 p p, H/p, W/p)
@@ -485,10 +478,10 @@ class Tokenizer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=self.config.init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.encoder.query_table, std=1.0)
+        nn.init.normal_(self.encoder.query_table)
         nn.init.trunc_normal_(self.decoder.positions, std=self.config.init_std)
-        nn.init.normal_(self.quantizer.codebook)
-        self.quantizer.codebook.data = F.normalize(self.quantizer.codebook.data, dim=-1)
+        codebook = nn.init.normal_(self.quantizer.codebook)
+        codebook.data = F.normalize(codebook.data, dim=-1)
         for block in self.diffusion.blocks:
             nn.init.normal_(block.modulation.weight, std=self.config.modulation_std)
         nn.init.zeros_(self.diffusion.to_pixels.weight)
@@ -506,22 +499,23 @@ class Tokenizer(nn.Module):
         cond = cond[torch.arange(len(u), device=u.device), group]   # (B, N/K, D)
 
         x1 = config.sigma * images
-        xt = interpolate(x1, noise, t)                              # (B, 3, H, W)
+        times = t[:, None, None, None]                              # (B, 1, 1, 1)
+        xt = interpolate(x1, noise, times)                          # (B, 3, H, W)
         v, patches = self.diffusion(xt, t, cond)
         flow_loss = (v - (x1 - noise)).pow(2).mean() / config.sigma ** 2     # Eq. 2
 
         # Only tokens up to the end of the chosen group had a say in this image's velocity.
-        length = (group + 1) * config.group_size                    # (B,)
-        mask = torch.arange(config.num_tokens, device=u.device) < length[:, None]  # (B, N)
+        groups = torch.arange(config.num_tokens, device=u.device) // config.group_size
+        mask = groups <= group[:, None]                             # (B, N)
         vq_loss = (quantized.loss * mask).sum() / mask.sum()
-        repa = self.repa_head(patches) if self.repa_head is not None else None
-        predicted = predict_image(xt, v, t) / config.sigma
+        repa = self.repa_head(patches) if self.repa_head else None
+        predicted = predict_image(xt, v, times) / config.sigma
         return TrainOutput(flow_loss, vq_loss, predicted, repa, quantized.tokens, z.detach())
 
+    @torch.no_grad()
     def encode(self, images):
         """Tokens (B, N) int64 of images (B, 3, H, W) in [-1, 1]. Eq. 1."""
-        with torch.no_grad():
-            return self.quantizer(self.encoder(images)).tokens
+        return self.quantizer(self.encoder(images)).tokens
 
     def condition(self, tokens):
         """Condition tokens (B, n, D) of the first n tokens (B, n), n <= N."""
@@ -533,17 +527,22 @@ class Tokenizer(nn.Module):
         cond_k = cond.split(self.config.group_size, 1)[step.group]  # (B, N/K, D)
         return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
-    def denoise(self, x, schedule, conds, solver):
-        """Runs the steps of a schedule from noise x (B, 3, H, W); yields after each the next x and
-        the preview, both times sigma. conds: an iterable of condition tokens, one for each step."""
+    @torch.no_grad()
+    def denoise(self, x, conds, steps, solver, groups):
+        """Runs the steps of `sampling_schedule` from noise x (B, 3, H, W); yields after each the
+        preview and, after the last, the image. conds: an iterable of condition tokens (B, n, D),
+        one for each step."""
+        config = self.config
         assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
+        schedule = sampling_schedule(steps, config.num_groups, config.beta, groups)
         v_before = None
         for step, cond in zip(schedule, conds):
             v = self.velocity(x, step, cond)
-            preview = predict_image(x, v, x.new_full((1,), step.t))
+            preview = predict_image(x, v, step.t)
             x = solver_step(x, v, v_before, step, solver)
             v_before = v
-            yield x, preview
+            # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
+            yield (x if step.t_next == 1 else preview) / config.sigma
 
     @torch.no_grad()
     def decode(self, tokens, noise=None, steps=None, solver="adams2", groups=None):
@@ -554,32 +553,24 @@ class Tokenizer(nn.Module):
         groups, whose last step jumps to t = 1; default K. n must reach to the end of these groups.
         """
         config = self.config
-        steps = steps or config.num_groups
         groups = groups or config.num_groups
         length = groups * config.group_size
         assert length <= tokens.shape[1] <= config.num_tokens, f"{groups} groups: {length} tokens"
-        schedule = sampling_schedule(steps, config.num_groups, config.beta, groups)
         if noise is None:
             size = config.image_size
             noise = torch.randn(len(tokens), 3, size, size, device=tokens.device)
-        cond = self.condition(tokens[:, :length])                   # (B, n, D)
-        for x, _ in self.denoise(noise, schedule, itertools.repeat(cond), solver):
+        conds = itertools.repeat(self.condition(tokens[:, :length]))  # (B, n, D) each
+        for image in self.denoise(noise, conds, steps or config.num_groups, solver, groups):
             pass
-        return x / config.sigma
+        return image
 
-    @torch.no_grad()
     def stream(self, token_groups, noise, solver="adams2", groups=None):
         """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
         (B, 3, H, W), the estimate of the image. The last one, after all K groups or the first
         `groups`, is the image that `decode` with steps = K gives. A preview costs no call of the
         diffusion decoder. noise: (B, 3, H, W). solver: as in `decode`. Sec. 3.3.
         """
-        config = self.config
-        schedule = sampling_schedule(config.num_groups, config.num_groups, config.beta,
-                                     groups or config.num_groups)
-
+        steps = self.config.num_groups
         tokens = itertools.accumulate(token_groups, lambda *parts: torch.cat(parts, 1))  # (B, n)
         conds = map(self.condition, tokens)                         # (B, n, D) each
-        for k, (x, preview) in enumerate(self.denoise(noise, schedule, conds, solver), 1):
-            # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
-            yield (x if k == len(schedule) else preview) / config.sigma
+        return self.denoise(noise, conds, steps, solver, groups or steps)

@@ -451,8 +451,6 @@ def test_folders_of_every_form_give_the_classes_that_people_mean(tmp_path):
             (["train/x", "train/y", "Test/y"], ["x", "y"], 3),  # a class is lacking
             (["train/x", "train/y"], ["x", "y"], 1), (["train/x", "annotations/z"], ["x"], 1),
             (["train", "apple", "val"], ["apple", "train", "val"], 1),  # names of classes
-            (["train/cafe\u0301", "val/caf\u00e9"], ["caf\u00e9"], 3),  # accents of two forms
-            (["val/x", "test/x"], "but no folder train", 0),
             (["train", "val"], "must hold one sub-folder", 0),
             (["train/x", "val/x", "val/z"], "that the training images lack: ['z']", 0),
             (["all/x", "all/y"], "give --data", 0), ([".hidden/x"], "hold one sub-folder", 0))):
@@ -462,7 +460,7 @@ def test_folders_of_every_form_give_the_classes_that_people_mean(tmp_path):
             continue
         train, rest = train_tokenizer.open_data(root, 32)
         assert train.classes == rest.classes == expected and len(rest) == held_out, folders
-        assert not {train.path(i) for i in range(len(train))} & {rest.path(0)}
+        assert (rest.root, rest.names[0]) not in [(train.root, name) for name in train.names]
     os.makedirs(tmp_path / "0" / "c_empty")
     raises(Mistake, "c_empty", train_tokenizer.open_data, str(tmp_path / "0"), 32)
 
@@ -523,7 +521,8 @@ def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(t
         assert np.array_equal(np.flip(plain, 3), crops[1::2])
     # A large JPEG is decoded at a fraction for random crops, and only for them.
     save_images(tmp_path / "x", pixels, ".jpg")
-    train, held_out = train_tokenizer.open_data(str(tmp_path), 32, 32)
+    train, held_out = train_tokenizer.open_data(str(tmp_path), 32)
+    train.draft_size = 32
     assert train[0][0].size == (100, 128) and held_out[0][0].size == (200, 256)
 
 
@@ -562,7 +561,7 @@ def test_unused_codebook_rows_are_reseeded():
     use, z = train_tokenizer.CodebookUse(4), torch.randn(2, 3, 8)
     for _ in range(3):
         use.update(torch.tensor([[0, 1]]))
-    assert use.idle.tolist() == [0, 0, 3, 3] and use.share(2) == 0.5
+    assert use.idle.tolist() == [0, 0, 3, 3]
     codebook, average = torch.zeros(2, 4, 8)
     use.reseed(z, torch.Generator().manual_seed(0), 3, [codebook, average])
     assert codebook[:2].abs().max() == 0 and torch.equal(codebook, average)
@@ -588,7 +587,8 @@ def test_perceptual_and_alignment_losses_fall_to_0_where_they_should_and_train(t
     assert lpips(output, images) == 0 and not lpips.net.training
     distance = lpips(output._replace(predicted=other), images)
     assert distance > 0 and distance.requires_grad
-    small = F.interpolate((images / 2 + 0.5 - repa.mean) / repa.std, size=(56, 56), mode="bicubic")
+    mean, std = repa.moments
+    small = F.interpolate((images / 2 + 0.5 - mean) / std, 56, mode="bicubic")
     features = dino.forward_features(small)["x_norm_patchtokens"]        # (2, 16, 768)
     assert abs(repa(output._replace(repa=features), images)) < 1e-5  # rounding of a cosine
     assert repa(output._replace(repa=-features), images) > 1

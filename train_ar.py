@@ -239,7 +239,7 @@ def main(argv=None):
              **{f"class {i}": name for i, name in enumerate(train.classes)}}
     parts = {"model": model, "ema": ema}
     record = Record(config, "ar", parts, optimizer, fixed, len(train))
-    ddp = distribute(model, [*model.layers], config, device)
+    ddp = distribute(model, config, device)
     packed = pack("tokenizer", tokenizer)
 
     # Loop

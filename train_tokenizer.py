@@ -15,7 +15,6 @@ import json
 import math
 import os
 import time
-import unicodedata
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -125,7 +124,7 @@ class Shapes:
         picture = Image.fromarray(ground).resize((side, side), Image.Resampling.BILINEAR)
         picture = picture.convert("RGB")
         rows = SHAPES[self.classes[label]].split()
-        mask = Image.fromarray(np.array([[cell == "#" for cell in row] for row in rows]))
+        mask = Image.fromarray(np.array([*map(list, rows)]) == "#")
         size = int(side * rng.uniform(0.8, 0.95))
         left, top = ((side - size) * rng.uniform(0.35, 0.65, 2)).astype(int).tolist()
         hue = 60 * rng.integers(6) + rng.integers(12)  # red, yellow, green, cyan, blue, magenta
@@ -143,38 +142,36 @@ def subfolders(root):
 
 class Folder:
     """Images in one sub-folder a class, at any depth. classes: the names that labels count; None:
-    the sub-folders in sorted order. draft_size: see `read_image`. Raises Mistake."""
+    the sub-folders in sorted order. Raises Mistake."""
+    draft_size = 0  # see `read_image`
 
-    def __init__(self, root, classes=None, draft_size=0):
+    def __init__(self, root, classes=None):
         self.root = root
-        self.draft_size = draft_size
-        # In one form: systems write accents in two ways
-        folders = {unicodedata.normalize("NFC", name): name for name in subfolders(root)}
-        self.classes = classes or sorted(folders)
+        folders = subfolders(root)
+        self.classes = classes or folders
         if not folders:
             raise Mistake(f"{root} must hold one sub-folder of images a class")
-        if len(folders) == 1 and subfolders(os.path.join(root, *folders.values())):
+        if len(folders) == 1 and subfolders(os.path.join(root, *folders)):
             raise Mistake(f"{root} holds one folder only, of folders; give "
-                          f"--data {os.path.join(root, *folders.values())}")
+                          f"--data {os.path.join(root, *folders)}")
         if unknown := {*folders} - {*self.classes}:
             raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
         found = find_images(root, quiet=rank() > 0)
         names = [name for name in found if os.sep in name]
         if len(names) < len(found):
             print0(f"{root}: left out {len(found) - len(names)} images in no class's folder")
-        of = [unicodedata.normalize("NFC", name.split(os.sep)[0]) for name in names]
+        of = [name.split(os.sep)[0] for name in names]
         if empty := {*folders} - {*of}:
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
         # Two blocks of memory, which the processes that load images share
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.searchsorted(self.classes, of)
 
-    def some(self, chosen, draft_size):
+    def some(self, chosen):
         """The same classes with those of the images that a mask chooses."""
         part = copy.copy(self)
         part.names = self.names[chosen]
         part.labels = self.labels[chosen]
-        part.draft_size = draft_size
         return part
 
     def __repr__(self):
@@ -184,20 +181,18 @@ class Folder:
     def __len__(self):
         return len(self.names)
 
-    def path(self, i):
-        return os.path.join(self.root, os.fsdecode(self.names[i]))
-
     def __getitem__(self, i):
-        return read_image(self.path(i), self.draft_size), int(self.labels[i])
+        path = os.path.join(self.root, os.fsdecode(self.names[i]))
+        return read_image(path, self.draft_size), int(self.labels[i])
 
 
 HELD_OUT = ("val", "valid", "validation", "test")
 
 
-def open_data(data, size, draft_size=0):
+def open_data(data, size):
     """Training and held-out images of `--data`: "shapes"; a folder that holds `train` and, under a
     usual name, held-out folders of classes; or a folder of classes. Where nothing is held out,
-    every 100th image is. draft_size: of the training images, see `read_image`."""
+    every 100th image is."""
     if data == "shapes":
         return Shapes(0, 10_000, size), Shapes(1_000_000, 1_000, size)
     if not os.path.isdir(data):
@@ -206,15 +201,13 @@ def open_data(data, size, draft_size=0):
     folders = {name.lower(): os.path.join(data, name) for name in subfolders(data)}
     only_splits = {*folders} <= {"train", *HELD_OUT}
     split = "train" in folders and (only_splits or subfolders(folders["train"]))
-    if folders and only_splits and not split:
-        raise Mistake(f"{data} holds {', '.join(folders)}, but no folder train")
-    train = Folder(folders["train"] if split else data, draft_size=draft_size)
+    train = Folder(folders["train"] if split else data)
     for name in HELD_OUT:
         if split and name in folders:
             return train, Folder(folders[name], train.classes)
     held_out = np.arange(len(train)) % 100 == 0
     rest = ~held_out if len(train) > 1 else held_out
-    return train.some(rest, draft_size), train.some(held_out, 0)
+    return train.some(rest), train.some(held_out)
 
 
 def read_any(source, i):
@@ -295,7 +288,7 @@ class PerceptualLoss(nn.Module):
     def forward(self, output, images):
         """Mean distance () of predicted images and images (B, 3, H, W) in [-1, 1]."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.net(output.predicted.float(), images.float()).mean()
+            return self.net(output.predicted, images).mean()
 
 
 class RepaLoss(nn.Module):
@@ -305,17 +298,17 @@ class RepaLoss(nn.Module):
         super().__init__()
         net = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", verbose=False)
         self.net = net.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        moments = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+        self.register_buffer("moments", moments[..., None, None])            # (2, 3, 1, 1)
 
     def forward(self, output, images):
         """Mean over patches (); images (B, 3, H, W) in [-1, 1]."""
         side = 14 * math.isqrt(output.repa.shape[1])                         # 224 for 256 pixels
-        with torch.no_grad():
-            normal = ((images + 1) / 2 - self.mean) / self.std
-            small = F.interpolate(normal, size=(side, side), mode="bicubic", antialias=False)
-            features = self.net.forward_features(small)["x_norm_patchtokens"]
-        cosines = F.cosine_similarity(output.repa.float(), features.float(), dim=-1)
+        mean, std = self.moments
+        normal = ((images + 1) / 2 - mean) / std
+        small = F.interpolate(normal, side, mode="bicubic")
+        features = self.net.forward_features(small)["x_norm_patchtokens"]
+        cosines = F.cosine_similarity(output.repa, features, dim=-1)  # float32 under autocast, too
         return 1 - cosines.mean()
 
 
@@ -339,15 +332,10 @@ class CodebookUse(nn.Module):
 
     def update(self, tokens):
         """Counts one more step, in which this process saw `tokens` (any shape)."""
-        used = torch.zeros_like(self.idle)
-        used[tokens.flatten()] = 1
+        self.idle += 1
+        self.idle[tokens.flatten()] = 0
         if dist.is_initialized():
-            dist.all_reduce(used, dist.ReduceOp.MAX)
-        self.idle = torch.where(used > 0, 0, self.idle + 1)
-
-    def share(self, window):
-        """Share () of the codebook used in the last `window` steps."""
-        return (self.idle < window).float().mean()
+            dist.all_reduce(self.idle, dist.ReduceOp.MIN)
 
     @torch.no_grad()
     def reseed(self, z, generator, after, codebooks):
@@ -359,7 +347,7 @@ class CodebookUse(nn.Module):
             dist.broadcast(fresh, 0)                                # (V, C)
         dead = (self.idle > 0) & (self.idle % after == 0)
         for codebook in codebooks:
-            codebook.copy_(torch.where(dead[:, None], fresh, codebook))
+            codebook[dead] = fresh[dead]
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -370,13 +358,12 @@ def group_knows(model, images, noise, tokens):
     images, noise: (B, 3, H, W), tokens: (B, N), of two images or more."""
     config = model.config
     x1 = config.sigma * images
-    others = tokens.roll(1, 0)
     ratios = []
     for step in sampling_schedule(config.num_groups, config.num_groups, config.beta,
                                   config.num_groups):
         first = step.group * config.group_size  # what comes after the group plays no part
-        exchanged = torch.cat([tokens[:, :first], others[:, first:]], 1)  # (B, N)
-        xt = interpolate(x1, noise, x1.new_full((1,), step.t))
+        exchanged = torch.cat([tokens[:, :first], tokens.roll(1, 0)[:, first:]], 1)  # (B, N)
+        xt = interpolate(x1, noise, step.t)
         own, other = (model.velocity(xt, step, model.condition(chosen)) - (x1 - noise)
                       for chosen in (tokens, exchanged))
         ratios.append(other.pow(2).mean() / own.pow(2).mean())
@@ -401,12 +388,11 @@ def evaluate(model, images, seed):
 # ---- What both trainers do -----------------------------------------------------------------------
 
 def make_optimizer(model, config):
-    """AdamW, with weight decay of matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
-        betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True)
+    """AdamW, with weight decay of matrices only. `set_lr` sets the learning rate of each step."""
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2]},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2),
+                             weight_decay=config.weight_decay, fused=True)
 
 
 def set_lr(optimizer, step, config):
@@ -425,13 +411,15 @@ def update_ema(ema, model, decay):
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def distribute(model, blocks, config, device):
+def distribute(model, config, device):
     """What to call in place of the model: with compiled blocks, in step with the other processes.
     The model itself stays as it is, to be saved and averaged."""
     if config.compile and device.type == "cuda":
         torch._dynamo.config.optimize_ddp = False  # it would split what is compiled by blocks
-        for block in blocks:
-            block.compile(dynamic=False)
+        for blocks in model.modules():
+            if isinstance(blocks, nn.ModuleList):
+                for block in blocks:
+                    block.compile(dynamic=False)
     if world() == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -457,7 +445,7 @@ class Record:
     def __post_init__(self):
         self.settings = {**asdict(self.config), "images": self.num_images}
         self.sums = defaultdict(float)  # of losses since the last log line
-        self.first_step = self.resume()
+        self.first_step = self.logged = self.resume()
         self.began = self.saved_at = time.time()
         size = sum(parameter.numel() for parameter in self.parts["model"].parameters())
         print0(f"{self.kind}: {size:,} parameters, {self.num_images:,} training images, {world()} "
@@ -511,7 +499,8 @@ class Record:
         means = torch.stack([*self.sums.values()])
         if dist.is_initialized():
             dist.all_reduce(means)
-        means /= world() * min(step - self.first_step, (step - 1) % config.log_every + 1)
+        means /= world() * (step - self.logged)
+        self.logged = step
         means = dict(zip(self.sums, means.tolist()))
         check_finite(means)
         self.sums.clear()
@@ -564,7 +553,8 @@ def main(argv=None):
 
     # Data
     size = architecture.image_size
-    train, held_out = open_data(config.data, size, draft_size=size)
+    train, held_out = open_data(config.data, size)
+    train.draft_size = size  # random crops need no more of a large JPEG
     shown = [read_any(held_out, i)[0] for i in spread(config.eval_images, len(held_out))]
     shown = torch.stack([to_tensor(center_crop(image, size)) for image in shown]).to(device)
 
@@ -584,8 +574,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, config)
     parts = {"model": model, "ema": ema, "use": use}
     record = Record(config, "tokenizer", parts, optimizer, asdict(architecture), len(train))
-    blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.diffusion.blocks]
-    ddp = distribute(model, blocks, config, device)
+    ddp = distribute(model, config, device)
 
     # Loop
     data = load_crops(Crops(train, config, size), config, record.first_step, device)
@@ -629,7 +618,7 @@ def main(argv=None):
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
         # Log, evaluate, save
-        record.log_means(step, codebook=use.share(config.log_every))
+        record.log_means(step, codebook=(use.idle < config.log_every).float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
             numbers, picture = evaluate(ema, shown, config.seed)
             record.log(step=step, **numbers)
