@@ -451,6 +451,7 @@ def test_folders_of_every_form_give_the_classes_that_people_mean(tmp_path):
             (["train/x", "train/y", "Test/y"], ["x", "y"], 3),  # a class is lacking
             (["train/x", "train/y"], ["x", "y"], 1), (["train/x", "annotations/z"], ["x"], 1),
             (["train", "apple", "val"], ["apple", "train", "val"], 1),  # names of classes
+            (["val/x", "test/x"], "but no folder train", 0),
             (["train", "val"], "must hold one sub-folder", 0),
             (["train/x", "val/x", "val/z"], "that the training images lack: ['z']", 0),
             (["all/x", "all/y"], "give --data", 0), ([".hidden/x"], "hold one sub-folder", 0))):

@@ -201,6 +201,8 @@ def open_data(data, size):
     folders = {name.lower(): os.path.join(data, name) for name in subfolders(data)}
     only_splits = {*folders} <= {"train", *HELD_OUT}
     split = "train" in folders and (only_splits or subfolders(folders["train"]))
+    if folders and only_splits and not split:
+        raise Mistake(f"{data} holds {', '.join(folders)}, but no folder train")
     train = Folder(folders["train"] if split else data)
     for name in HELD_OUT:
         if split and name in folders:
