@@ -451,6 +451,7 @@ def test_folders_of_every_form_give_the_classes_that_people_mean(tmp_path):
             (["train/x", "train/y", "Test/y"], ["x", "y"], 3),  # a class is lacking
             (["train/x", "train/y"], ["x", "y"], 1), (["train/x", "annotations/z"], ["x"], 1),
             (["train", "apple", "val"], ["apple", "train", "val"], 1),  # names of classes
+            (["train/cafe\u0301", "val/caf\u00e9"], ["caf\u00e9"], 3),  # accents of two forms
             (["val/x", "test/x"], "but no folder train", 0),
             (["train", "val"], "must hold one sub-folder", 0),
             (["train/x", "val/x", "val/z"], "that the training images lack: ['z']", 0),

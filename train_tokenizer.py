@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+import unicodedata
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -147,20 +148,21 @@ class Folder:
 
     def __init__(self, root, classes=None):
         self.root = root
-        folders = subfolders(root)
-        self.classes = classes or folders
+        # In one form: systems write accents in two ways
+        folders = {unicodedata.normalize("NFC", name): name for name in subfolders(root)}
+        self.classes = classes or sorted(folders)
         if not folders:
             raise Mistake(f"{root} must hold one sub-folder of images a class")
-        if len(folders) == 1 and subfolders(os.path.join(root, *folders)):
+        if len(folders) == 1 and subfolders(os.path.join(root, *folders.values())):
             raise Mistake(f"{root} holds one folder only, of folders; give "
-                          f"--data {os.path.join(root, *folders)}")
+                          f"--data {os.path.join(root, *folders.values())}")
         if unknown := {*folders} - {*self.classes}:
             raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
         found = find_images(root, quiet=rank() > 0)
         names = [name for name in found if os.sep in name]
         if len(names) < len(found):
             print0(f"{root}: left out {len(found) - len(names)} images in no class's folder")
-        of = [name.split(os.sep)[0] for name in names]
+        of = [unicodedata.normalize("NFC", name.split(os.sep)[0]) for name in names]
         if empty := {*folders} - {*of}:
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
         # Two blocks of memory, which the processes that load images share
