@@ -270,7 +270,7 @@ def filter_logits(logits, top_k, top_p):
     """Logits (B, V) with all but the top_k largest at -inf, and all but the likeliest ones of more
     than probability top_p together. top_k = 0 and top_p = 1 keep everything."""
     if top_k > 0:
-        smallest = logits.topk(top_k).values[:, -1:]                # (B, 1)
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(descending=True)               # (B, V)
