@@ -351,7 +351,7 @@ class CodebookUse(nn.Module):
             dist.broadcast(fresh, 0)                                # (V, C)
         dead = (self.idle > 0) & (self.idle % after == 0)
         for codebook in codebooks:
-            codebook[dead] = fresh[dead]
+            codebook.copy_(torch.where(dead[:, None], fresh, codebook))
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
