@@ -136,13 +136,10 @@ def mixed_17(w):
 def resize(images, size=299):
     """(B, C, size, size) of images (B, C, H, W) float32 by TensorFlow 1's bilinear rule: pixel i
     comes from i * H / size, without half-pixel offset or antialias."""
-    def weights(length):
-        pixels = torch.arange(max(length, size), dtype=torch.float32, device=images.device)
-        source = (pixels[:size, None] * (length / size)).clamp(max=length - 1)
-        return (1 - (source - pixels[:length]).abs()).clamp(min=0)  # (size, length)
-
-    height, width = images.shape[2:]
-    return weights(height) @ images @ weights(width).T
+    # With a last row and column twice, pixel `size` comes from H: the rule of aligned corners.
+    images = F.pad(images, (0, 1, 0, 1), mode="replicate")
+    shape = size + 1, size + 1
+    return F.interpolate(images, shape, mode="bilinear", align_corners=True)[..., :-1, :-1]
 
 
 class InceptionV3(nn.Module):

@@ -252,8 +252,8 @@ def main(argv=None):
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
         dropped = dropped[mine.start % config.batch:][:len(mine)] < config.class_dropout
         labels = labels.masked_fill(dropped, architecture.num_classes)
-        labels = labels.to(device)                                  # (n,)
-        tokens = tokens.to(device)                                  # (n, N)
+        labels = labels.to(device, non_blocking=True)               # (n,)
+        tokens = tokens.to(device, non_blocking=True)               # (n, N)
         torch.manual_seed(seed_of(config.seed, "dropout", step, rank()))
 
         # Forward and backward, a micro-batch at a time
