@@ -5,7 +5,29 @@
 Each row stands twice, for two seeds of the noise and of the tokens drawn. CNN distance: lower is
 better; recognised: share in % that the CNN takes for the class asked for.
 
-CLAIMS
+The tokenizer and the autoregressive model of the preset cifar, trained on two CPU cores, 2,000 held-out
+photographs, as many samples (real images: 76.9 % recognised, CNN distance of their halves 4.1):
+
+                                 CNN distance, twice | recognised | PSNR
+    Adams-Bashforth, 8 steps         52.2     51.2     41.8     40.8     18.8
+    Euler                            64.4     63.1     39.7     38.8     19.4
+    4 steps                          69.8     68.8     38.2     37.5     19.6
+    12 steps                         46.4     45.4     42.4     42.4     18.5
+    16 steps                         45.1     44.1     42.1     42.0     18.3
+    2 of 8 groups                   141.1    141.2     28.3     28.1     19.5
+    4 of 8 groups                   137.0    137.3     30.1     30.1     20.5
+    6 of 8 groups                    99.5     99.3     33.4     33.8     20.2
+    samples, guidance none           66.5     65.9     25.4     25.4
+    samples, guidance 3.5            47.4     46.3     48.6     47.7
+    samples, guidance 1.1:6          49.9     47.9     37.2     39.3
+    samples from 2 of 8 groups      144.6    143.7     21.8     22.4
+    samples from 4 of 8 groups      138.5    139.0     22.6     23.3
+    samples from 6 of 8 groups       95.7     95.3     27.8     26.8
+
+Steps: more are nearer to photographs, up to 16; beyond 8, the share recognised hardly moves. Solver:
+Adams-Bashforth is better than Euler in both numbers. PSNR goes the other way: it rewards blur. Groups:
+each adds, of samples (at 1.1:6) too; from 2 to 4 of 8 it is little. Guidance: linear is no better here
+than constant guidance of the same mean, and worse in what is recognised: early tokens tell the class.
 """
 import argparse
 import os
