@@ -189,7 +189,7 @@ def start_from(model, path, classes):
     """Gives a new model the weights in a checkpoint; rows of the class embedding by the name of the
     class, new ones stay fresh."""
     names = load_checkpoint(path, "ar")["classes"]
-    if len(names) == len(classes) == 1000 and classes[0] == "n01440764":
+    if names[0] == "0" and classes[0] == "n01440764" and len(names) == len(classes) == 1000:
         names = classes  # the authors' files count the sorted classes of ImageNet
     weights = load_ar(path).state_dict()
     theirs = weights.pop("cls_embedding.weight")
