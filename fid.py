@@ -23,8 +23,9 @@ import glob
 import math
 import os
 import sys
+import time
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
            "pt_inception-2015-12-05-6726825d.pth")
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+WIDTHS = {"mu": 2048, "mu_s": 2023}  # of statistics
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # for some others, Pillow starts programs
 
 
@@ -51,10 +53,15 @@ class Mistake(ValueError):
 
 
 def run(main):
-    """Calls a script's main; a mistake ends it with one line."""
+    """Calls a script's main. What the user or the system can mend (disk, permission, network) ends
+    it with one line."""
+    if hasattr(sys.stdout, "reconfigure"):  # not all terminals can print all names of files
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except Mistake as error:
+    except (Mistake, OSError) as error:
+        # Of several processes, the first one ends the others before they say the same.
+        time.sleep(3 * (torch.distributed.get_node_local_rank(fallback_rank=0) > 0))
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
 
@@ -249,18 +256,15 @@ def precision_recall(reference, generated, k=3, rows=1000):
 
 def find_images(root, quiet=False):
     """Sorted paths, relative to a folder, of the images in it at any depth, without hidden ones.
-    Prints a line that counts what else it leaves out, unless quiet. Raises Mistake."""
-    found, left_out = [], Counter()
-    for name in glob.glob("**/*", root_dir=root, recursive=True):  # without hidden ones
-        ending = os.path.splitext(name)[1].lower()
-        if ending in ENDINGS:
-            found.append(name)
-        elif not os.path.isdir(os.path.join(root, name)):
-            left_out[ending or os.path.basename(name)] += 1
+    Prints how much else it leaves out, unless quiet. Raises Mistake."""
+    names = glob.glob("**/*", root_dir=root, recursive=True)  # without hidden ones
+    found = [name for name in names if name.lower().endswith(ENDINGS)]
     if not found:
         raise Mistake(f"no folder {root} with images in it; endings must be {' '.join(ENDINGS)}")
-    if left_out and not quiet:
-        print(f"{root}: left out {dict(left_out.most_common())}", flush=True)
+    others = sorted(name for name in set(names) - set(found)
+                    if not os.path.isdir(os.path.join(root, name)))
+    if others and not quiet:
+        print(f"{root}: left out {len(others)} files of other kinds, first {others[0]}", flush=True)
     return sorted(found)
 
 
@@ -308,15 +312,20 @@ def open_npz(path):
         names = arrays.files
         statistics = {name: arrays[name].astype(np.float64)
                       for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
+    for name, width in WIDTHS.items():
+        if name in names and statistics[name].shape != (width,):
+            raise Mistake(f"{path}: {name} must hold {width} numbers, not those of another network")
     if "arr_0" not in names:
         if "sigma" not in names:
             raise Mistake(f"{path} needs images arr_0 or statistics mu, sigma; it holds {names}")
         return Side(path, 0, None, statistics)
     member = zipfile.ZipFile(path).open("arr_0.npy")
-    np.lib.format.read_magic(member)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-        raise Mistake(f"{path}: arr_0 must be uint8 (N, H, W, 3); it is {dtype} {shape}")
+    if np.lib.format.read_magic(member) != (1, 0):
+        raise Mistake(f"{path}: arr_0 must be in version 1.0 of numpy's format, as savez writes it")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+        raise Mistake(f"{path}: arr_0 must be uint8 (N, H, W, 3) in C order; it is {dtype} {shape}, "
+                      f"Fortran order {fortran}")
     start = member.tell()
 
     def batches(size):
@@ -330,23 +339,28 @@ def open_npz(path):
 # ---- The program ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def measure(network, side, batch, device):
-    """The features of all images of a side."""
-    parts = []
-    for images in side.batches(batch):
-        if len(parts) % 100 == 0:
-            print(f"{side.path}: {len(parts) * batch:,} of {side.count:,} images", flush=True)
-        parts.append(network(torch.tensor(images, device=device)))
-    return Features(*(torch.cat(part) for part in zip(*parts)))
-
-
-def statistics_of(features):
-    """Mean and covariance of both kinds of features, float64."""
-    found = {}
-    for suffix, rows in (("", features.pool), ("_s", features.spatial)):
-        rows = rows.double().cpu().numpy()
-        found["mu" + suffix] = rows.mean(0)
-        found["sigma" + suffix] = np.cov(rows, rowvar=False)
+def measure(network, side, batch, device, keep):
+    """By name, the statistics of all images of a side (mu, sigma, mu_s, sigma_s), from sums in
+    float64, and those of its features that `keep` names. Only these need memory an image."""
+    kept = {name: [] for name in keep}
+    sums = {"": 0.0, "_s": 0.0}
+    products = {"": 0.0, "_s": 0.0}
+    for number, images in enumerate(side.batches(batch)):
+        if number % 100 == 0:
+            print(f"{side.path}: {number * batch:,} of {side.count:,} images", flush=True)
+        features = network(torch.tensor(images, device=device))
+        for name in keep:
+            kept[name].append(getattr(features, name))
+        for suffix, rows in (("", features.pool), ("_s", features.spatial)):
+            rows = rows.double()
+            sums[suffix] += rows.sum(0)
+            products[suffix] += rows.T @ rows
+    found = {name: torch.cat(parts) for name, parts in kept.items()}
+    for suffix, total in sums.items():
+        mean = total / side.count
+        scatter = products[suffix] - torch.outer(mean, total)
+        found["mu" + suffix] = mean.cpu().numpy()
+        found["sigma" + suffix] = scatter.cpu().numpy() / (side.count - 1)
     return found
 
 
@@ -381,15 +395,18 @@ def main(argv=None):
     # Network, activations, statistics
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_inception(args.weights).to(device)
-    b = measure(network, samples, args.batch, device)
-    found = statistics_of(b)
     if args.save_stats:
+        found = measure(network, reference, args.batch, device, ())
         with open(args.save_stats, "wb") as file:
             np.savez(file, **found)
         print(args.save_stats)
         return {}
-    a = measure(network, reference, args.batch, device) if reference.count else None
-    expected = reference.statistics or statistics_of(a)
+    keep = ["probs"] + ["pool"] * bool(reference.count)
+    found = measure(network, samples, args.batch, device, keep)
+    expected = reference.statistics
+    if reference.count:
+        measured = measure(network, reference, args.batch, device, ["pool"])
+        expected = expected or measured
 
     # Distances
     figures = {}
@@ -398,9 +415,10 @@ def main(argv=None):
             figures[name] = frechet_distance(expected[mu], expected[sigma], found[mu], found[sigma])
         else:
             print("no sFID: the reference has no mu_s and sigma_s")
-    figures["inception_score"], figures["inception_score_std"] = inception_score(b.probs)
+    figures["inception_score"], figures["inception_score_std"] = inception_score(found["probs"])
     if reference.count:
-        figures["precision"], figures["recall"] = precision_recall(a.pool, b.pool)
+        figures["precision"], figures["recall"] = precision_recall(
+            measured["pool"], found["pool"])
     else:
         print("no precision and recall: the reference has no images")
     for name, value in figures.items():
