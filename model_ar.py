@@ -5,8 +5,8 @@ q_N of the tokenizer; the model is trained on the next one (Eq. 6) and generates
 
     [class, q_1 ... q_{N-1}] -> embeddings (B, N, D) -> layers -> logits (B, N, V) of q_1 ... q_N
 
-Modules carry Llama's own names. Letters: B batch, N tokens an image, D width, V vocabulary, h
-heads, d head width; `pos` is the position in the sequence (the class token has pos 0). "Sec." and
+Modules carry Llama's own names. Letters: B batch, N tokens an image, n some of them, D width,
+V vocabulary, h heads, d head width; `pos` is the position in the sequence (the class token has pos 0). "Sec." and
 "Eq." are the paper's.
 """
 import math
@@ -19,8 +19,7 @@ from torch import nn
 
 @dataclass
 class ARConfig:
-    """Architecture. Weights fit any `num_tokens` and `dropout`; every other change needs a new
-    training."""
+    """Architecture. Weights fit any `num_tokens` and `dropout`."""
     # Llama
     depth: int = 24
     width: int = 1024            # D
@@ -73,13 +72,14 @@ def rotate(x, rope):
 
 
 class KVCache(nn.Module):
-    """Keys and values that one layer remembers. Buffers stay in place, as CUDA graphs need."""
+    """Keys and values that one layer remembers, of the type of a weight and where it is. Buffers
+    stay in place, as CUDA graphs need."""
 
-    def __init__(self, config, batch):
+    def __init__(self, config, batch, weight):
         super().__init__()
         shape = (batch, config.heads, config.num_tokens, config.width // config.heads)
-        self.register_buffer("k", torch.zeros(shape))
-        self.register_buffer("v", torch.zeros(shape))
+        self.register_buffer("k", weight.new_zeros(shape))
+        self.register_buffer("v", weight.new_zeros(shape))
 
     def update(self, pos, k, v, length):
         """Writes k, v (B, h, n, d) at positions pos (n,); returns those of the first `length`."""
@@ -183,8 +183,8 @@ class AR(nn.Module):
 
     def new_cache(self, batch):
         """An empty cache for `batch` sequences; guidance needs two a sample."""
-        caches = nn.ModuleList(KVCache(self.config, batch) for _ in self.layers)
-        return caches.to(self.output.weight)
+        weight = self.output.weight
+        return nn.ModuleList(KVCache(self.config, batch, weight) for _ in self.layers)
 
     def generate(self, labels, cfg=None, prefix=None, temperature=1.0, top_k=0, top_p=1.0,
                  uniforms=None):
@@ -196,16 +196,18 @@ class AR(nn.Module):
         tokens. uniforms: (B, N) random numbers in [0, 1), which alone decide what is drawn.
         """
         groups = self.stream(labels, cfg, prefix, temperature, top_k, top_p, uniforms)
-        return torch.cat([*groups], 1)
+        return torch.cat(list(groups), 1)
 
     @torch.no_grad()
     def stream(self, labels, cfg=None, prefix=None, temperature=1.0, top_k=0, top_p=1.0,
                uniforms=None, group_size=None, cache=None, decode=None):
         """Yields the tokens that `generate` gives, (B, group_size) at a time (default: all), as
-        soon as they are drawn. cache: of `new_cache`, to use again. decode: a compiled
-        `decode_one_token`."""
+        soon as they are drawn. cache, decode: of `new_cache`, and a `RecordedStep` on CUDA, both
+        for batches of one size and kind of guidance, to use again; None makes them anew."""
         batch = len(labels)
         count = self.config.num_tokens
+        group_size = group_size or count
+        assert count % group_size == 0, f"{count} tokens do not divide into groups of {group_size}"
         tokens = labels.new_zeros(batch, count)
         kept = 0 if prefix is None else prefix.shape[1]
         if kept:
@@ -214,20 +216,20 @@ class AR(nn.Module):
             uniforms = torch.rand(batch, count, device=labels.device)
         if cache is None:
             cache = self.new_cache(batch if cfg is None else 2 * batch)
-        decode = decode or decode_one_token
-        group_size = group_size or count
+        if decode is None:
+            decode = RecordedStep() if labels.is_cuda else decode_one_token
         pos = torch.arange(count, device=labels.device)
         scales = [None] * count if cfg is None else torch.linspace(*cfg, count, device=pos.device)
-        # The part of the cache that is read grows in four steps; each is a graph to compile.
-        step = math.ceil(count / 4)
 
         for i in range(count):
+            if i == kept:
+                logits = prefill(self, cache, labels, tokens[:, :i], scales[i])
+            elif i > kept:
+                # What is read of the cache grows by 16 positions at a time, each a graph to record.
+                length = min(find_multiple(i + 1, 16), count)
+                last = tokens[:, i - 1:i]
+                logits = decode(self, cache, last, pos[i:i + 1], length, scales[i])
             if i >= kept:
-                if i == kept:
-                    logits = prefill(self, cache, labels, tokens[:, :i], scales[i])
-                else:
-                    length = min(find_multiple(i + 1, step), count)
-                    logits = decode(self, cache, tokens[:, i - 1], pos[i:i + 1], length, scales[i])
                 tokens[:, i] = draw(logits, uniforms[:, i:i + 1], temperature, top_k, top_p)
             if (i + 1) % group_size == 0:
                 yield tokens[:, i + 1 - group_size:i + 1]
@@ -245,13 +247,57 @@ def prefill(model, cache, labels, prefix, scale):
     return next_logits(model, cache, x, pos, len(pos), scale)
 
 
-def decode_one_token(model, cache, token, pos, length, scale):
-    """Reads the last token (B,), at position pos (1,); logits (B, V) of the next one. Only the
-    cache changes in place, so that torch.compile can record it as one CUDA graph a length."""
-    x = model.tok_embeddings(token)[:, None]                        # (B, 1, D)
+def decode_one_token(model, cache, tokens, pos, length, scale):
+    """Reads the last tokens (B, n), mostly one, at positions pos (n,) of the first `length` of the
+    cache, which alone changes in place; logits (B, V) of the next one."""
+    x = model.tok_embeddings(tokens)                                # (B, n, D)
     if scale is not None:
-        x = torch.cat([x, x])                                       # (2B, 1, D)
+        x = torch.cat([x, x])                                       # (2B, n, D)
     return next_logits(model, cache, x, pos, length, scale)
+
+
+class RecordedStep:
+    """`decode_one_token` on CUDA for one model, cache and shape of tokens. The host needs ten times
+    as long to launch a token's thousand kernels as they run, so each length of the cache is
+    recorded once, as a CUDA graph, and then replayed. Its logits last until the next call."""
+
+    def __init__(self):
+        self.inputs = None    # tokens, pos and scale, which all graphs read
+        self.recorded = {}    # length: how to replay the graph, and the logits that it writes
+
+    def __call__(self, model, cache, tokens, pos, length, scale):
+        given = tokens, pos, scale
+        if self.inputs is None:
+            self.inputs = [None if value is None else value.clone() for value in given]
+        for place, value in zip(self.inputs, given):
+            if value is not None:
+                place.copy_(value)
+        if length not in self.recorded:
+            tokens, pos, scale = self.inputs
+            self.recorded[length] = record(
+                lambda: decode_one_token(model, cache, tokens, pos, length, scale))
+        replay, logits = self.recorded[length]
+        replay()
+        return logits
+
+
+def record(call):
+    """A CUDA graph of call(): a function that runs it again, and the outputs, which it overwrites.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    # A weight that autocast has cast before must not be found in its cache: it will not stay there.
+    enabled = torch.is_autocast_enabled("cuda")
+    with torch.autocast("cuda", enabled=enabled, cache_enabled=False):
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what is compiled or allocated in a first call is not recorded
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        # Other threads, such as one that pins memory, may go on calling CUDA.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = call()
+    return graph.replay, outputs
 
 
 def next_logits(model, cache, x, pos, length, scale):

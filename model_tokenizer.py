@@ -17,7 +17,6 @@ hand, N tokens, K groups, V codebook size, C code width, h heads, d head width. 
 Eq. 8. "Sec.", "Eq." and "App." are of the paper, arxiv.org/abs/2505.23660; "released code" is the
 authors' public release. Eq. 6 is in model_ar.py, Eq. 7 in train_tokenizer.py.
 """
-import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,8 +28,8 @@ from torch import Tensor, nn
 
 @dataclass
 class TokenizerConfig:
-    """Architecture and constants of the method. Weights fit any `image_size`; every other change
-    needs a new training."""
+    """Architecture and constants of the method. Weights fit any `image_size`, `commitment`, and
+    `num_tokens` up to `max_tokens`; but a model works as it was trained."""
     # Images and tokens
     image_size: int = 256        # pixels a side (Sec. 5)
     num_tokens: int = 256        # N, query tokens an image (Sec. 4)
@@ -69,10 +68,15 @@ class TokenizerConfig:
         return self.num_tokens // self.num_groups
 
     def __post_init__(self):
-        for whole, part in (("num_tokens", "num_groups"), ("image_size", "patch_size"),
-                            ("image_size", "diffusion_patch")):
-            assert getattr(self, whole) % getattr(self, part) == 0, f"{whole} must divide by {part}"
-        assert self.repa_depth < self.diffusion_depth, "repa_depth must be below diffusion_depth"
+        for whole, part in (
+                ("num_tokens", "num_groups"), ("image_size", "patch_size"),
+                ("image_size", "diffusion_patch"), ("encoder_width", "head_dim"),
+                ("decoder_width", "head_dim"), ("diffusion_width", "head_dim")):
+            divisor = getattr(self, part)
+            assert divisor > 0, f"{part} must be above 0"
+            assert getattr(self, whole) % divisor == 0, f"{whole} must divide by {part}"
+        assert self.head_dim % 4 == 0, "head_dim must divide by 4, as pairs turn in two directions"
+        assert self.num_tokens <= self.max_tokens, "num_tokens must be at most max_tokens"
 
 
 TOKENIZERS = {
@@ -116,8 +120,8 @@ def group_of(u, num_groups):
     one time at which the K-step sampler uses it. The first gets 1/(2K) of all times, the last
     3/(2K).
     """
-    k = (u * num_groups + 0.5) // 1
-    return k - k // num_groups  # min(k, K - 1), as k is K at most
+    k = (u * num_groups + 0.5) // 1  # floor, of a number or a tensor
+    return k - k // num_groups       # min(k, K - 1), as k is at most K
 
 
 def interpolate(x1, x0, t):
@@ -144,10 +148,15 @@ def sampling_schedule(steps, num_groups, beta, groups):
 
     With steps = num_groups, every group is used exactly once.
     """
-    u = [i / steps for i in range(steps) if group_of(i / steps, num_groups) < groups]
-    times = [shift_time(x, beta) for x in u] + [1.0]
-    chosen = [int(group_of(x, num_groups)) for x in u]
-    return [*map(Step, times, times[1:], chosen)]
+    schedule = []
+    for i in range(steps):
+        t = shift_time(i / steps, beta)
+        t_next = shift_time((i + 1) / steps, beta)
+        group = int(group_of(i / steps, num_groups))
+        if group < groups:
+            schedule.append(Step(t, t_next, group))
+    schedule[-1] = schedule[-1]._replace(t_next=1.0)
+    return schedule
 
 
 SOLVERS = ("adams2", "euler")
@@ -156,9 +165,10 @@ SOLVERS = ("adams2", "euler")
 def solver_step(x, v, v_before, step, solver):
     """x at step.t_next from x and velocity v at step.t, all (B, 3, H, W). Sec. 5, Table 6.
 
-    "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler, with the coefficients
+    solver: "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler, with the coefficients
     of equal steps although the steps are not equal (released code).
     """
+    assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
     if solver == "adams2" and v_before is not None:
         v = 1.5 * v - 0.5 * v_before
     return x + (step.t_next - step.t) * v
@@ -184,7 +194,9 @@ def rope_2d(positions, head_dim):
     The first half of the channel pairs turns with the row, the second with the column. App. I.
     """
     half = head_dim // 2
-    exponents = torch.arange(0, half, 2, dtype=torch.float64, device=positions.device) / half
+    device = positions.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+    exponents = torch.arange(0, half, 2, dtype=dtype, device=device) / half
     angles = positions[..., None] * 10000.0 ** -exponents           # (L, 2, d/4)
     angles = angles.flatten(1)                                      # (L, d/2)
     return torch.stack([angles.cos(), angles.sin()]).float()
@@ -402,6 +414,7 @@ class DiffusionDecoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        assert config.repa_depth < config.diffusion_depth, "no block is left after the REPA tap"
         width = config.diffusion_width
         self.config = config
         pixels = 3 * config.diffusion_patch ** 2
@@ -527,22 +540,11 @@ class Tokenizer(nn.Module):
         cond_k = cond.split(self.config.group_size, 1)[step.group]  # (B, N/K, D)
         return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
-    @torch.no_grad()
-    def denoise(self, x, conds, steps, solver, groups):
-        """Runs the steps of `sampling_schedule` from noise x (B, 3, H, W); yields after each the
-        preview and, after the last, the image. conds: an iterable of condition tokens (B, n, D),
-        one for each step."""
-        config = self.config
-        assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
-        schedule = sampling_schedule(steps, config.num_groups, config.beta, groups)
-        v_before = None
-        for step, cond in zip(schedule, conds):
-            v = self.velocity(x, step, cond)
-            preview = predict_image(x, v, step.t)
-            x = solver_step(x, v, v_before, step, solver)
-            v_before = v
-            # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
-            yield (x if step.t_next == 1 else preview) / config.sigma
+    def denoise(self, x, v_before, step, cond, solver):
+        """One step from x (B, 3, H, W): x at its end; its velocity, which the next step takes as
+        v_before (None in the first one); and the preview, times sigma. cond: as in `velocity`."""
+        v = self.velocity(x, step, cond)
+        return solver_step(x, v, v_before, step, solver), v, predict_image(x, v, step.t)
 
     @torch.no_grad()
     def decode(self, tokens, noise=None, steps=None, solver="adams2", groups=None):
@@ -559,18 +561,28 @@ class Tokenizer(nn.Module):
         if noise is None:
             size = config.image_size
             noise = torch.randn(len(tokens), 3, size, size, device=tokens.device)
-        conds = itertools.repeat(self.condition(tokens[:, :length]))  # (B, n, D) each
-        for image in self.denoise(noise, conds, steps or config.num_groups, solver, groups):
-            pass
-        return image
+        cond = self.condition(tokens[:, :length])                   # (B, n, D)
+        x, v = noise, None
+        steps = steps or config.num_groups
+        for step in sampling_schedule(steps, config.num_groups, config.beta, groups):
+            x, v, _ = self.denoise(x, v, step, cond, solver)
+        return x / config.sigma
 
+    @torch.no_grad()
     def stream(self, token_groups, noise, solver="adams2", groups=None):
         """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
         (B, 3, H, W), the estimate of the image. The last one, after all K groups or the first
         `groups`, is the image that `decode` with steps = K gives. A preview costs no call of the
         diffusion decoder. noise: (B, 3, H, W). solver: as in `decode`. Sec. 3.3.
         """
-        steps = self.config.num_groups
-        tokens = itertools.accumulate(token_groups, lambda *parts: torch.cat(parts, 1))  # (B, n)
-        conds = map(self.condition, tokens)                         # (B, n, D) each
-        return self.denoise(noise, conds, steps, solver, groups or steps)
+        config = self.config
+        steps = config.num_groups
+        schedule = sampling_schedule(steps, steps, config.beta, groups or steps)
+        tokens = []
+        x, v = noise, None
+        for step, group in zip(schedule, token_groups):
+            tokens.append(group)
+            cond = self.condition(torch.cat(tokens, 1))             # (B, n, D)
+            x, v, preview = self.denoise(x, v, step, cond, solver)
+            # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.
+            yield (preview if step.t_next < 1 else x) / config.sigma
