@@ -14,14 +14,16 @@ alone; but another --batch may round products otherwise. --stream and --reconstr
 --out.
 """
 import argparse
+import functools
 import hashlib
 import inspect
 import math
 import os
-import re
 import shutil
 import time
+import unicodedata
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import cycle, islice
@@ -34,7 +36,7 @@ from PIL import Image
 from torch import nn
 
 from fid import FORMATS, Mistake, find_images, run
-from model_ar import AR, ARConfig, decode_one_token
+from model_ar import AR, ARConfig, RecordedStep
 from model_tokenizer import SOLVERS, TOKENIZERS, Tokenizer, TokenizerConfig
 
 
@@ -66,7 +68,7 @@ class SampleConfig:
     reconstruct: str = ""          # folder of images to encode and decode
     npz: str = ""                  # file for the images as uint8 arr_0, which fid.py reads
     # Speed
-    compile: bool = True           # torch.compile, on CUDA only
+    compile: bool = True           # torch.compile, on CUDA only, from 1,000 images on
 
 
 # ---- From labels to images -----------------------------------------------------------------------
@@ -76,15 +78,15 @@ class Pipeline:
     """Both models and the settings of a run: from numbers of images to images (B, 3, H, W) in
     [-1, 1]. What image i becomes depends on (seed, i) and its label, labels[i].
 
-    On CUDA, the autoregressive model runs in bf16 and a compiled step reads each token; the decoder
-    runs under bf16 autocast with compiled blocks.
+    On CUDA, the autoregressive model is in bf16, its step for a token is recorded, and what turns
+    tokens into images runs under bf16 autocast.
     """
 
     config: SampleConfig
     ar: AR | None
     tokenizer: Tokenizer
     cfg: tuple | None   # guidance at the first and at the last token
-    labels: list        # of all images
+    labels: list        # of all images, or their files
     batch: int
     device: torch.device
 
@@ -94,22 +96,25 @@ class Pipeline:
         if tokens % settings.group_size or tokens > settings.num_tokens:
             raise Mistake(f"--tokens must be a multiple of {settings.group_size}, and at most "
                           f"{settings.num_tokens}")
-        self.decode_one_token = decode_one_token
+        for part in (self.tokenizer.decoder, self.tokenizer.diffusion):
+            part.forward = autocast(self.device)(part.forward)
+        on_cuda = self.device.type == "cuda"
         if self.ar is not None:
-            self.ar.to(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+            self.ar.to(torch.bfloat16 if on_cuda else torch.float32)
             self.cache = self.ar.new_cache(self.batch if self.cfg is None else 2 * self.batch)
-        if self.config.compile and self.device.type == "cuda":
-            self.decode_one_token = torch.compile(
-                decode_one_token, mode="reduce-overhead", fullgraph=True, dynamic=False)
-            for block in self.tokenizer.diffusion.blocks:
-                block.compile(dynamic=False)
+            self.recorded = RecordedStep() if on_cuda else None
+        if on_cuda and self.config.compile and len(self.labels) >= 1000:
+            for model in filter(None, (self.ar, self.tokenizer)):
+                compile_blocks(model)
+
+    def padded(self, numbers):
+        """Numbers for a whole batch: the last one is repeated, so that all have one shape."""
+        return list(numbers) + [numbers[-1]] * (self.batch - len(numbers))
 
     def noise(self, numbers):
-        """The starting points (B, 3, H, W) of images, each a function of seed and number."""
+        """The starting points (B, 3, H, W) of images."""
         size = self.tokenizer.config.image_size
-        generators = [seeded(self.config.seed, "start", i, device=self.device) for i in numbers]
-        return torch.stack([torch.randn(3, size, size, generator=g, device=self.device)
-                            for g in generators])
+        return draw_noise((self.config.seed, "start"), numbers, size, self.device)
 
     def token_groups(self, numbers, prefix=None):
         """Yields tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
@@ -120,33 +125,25 @@ class Pipeline:
         groups = self.ar.stream(
             labels, self.cfg, prefix, config.temperature, config.top_k, config.top_p,
             torch.stack(uniforms).to(self.device), self.tokenizer.config.group_size, self.cache,
-            self.decode_one_token)
+            self.recorded)
         return islice(groups, self.groups)
 
     def decode(self, numbers, tokens):
         """Images of tokens (B, n)."""
         config = self.config
-        with autocast(self.device):
-            return self.tokenizer.decode(
-                tokens, self.noise(numbers), config.steps, config.solver, self.groups)
+        return self.tokenizer.decode(
+            tokens, self.noise(numbers), config.steps, config.solver, self.groups)
 
     def images(self, numbers, prefix=None):
-        """Images of up to a batch of numbers, after a prefix (B, n) of a whole one. All batches
-        have one shape: the last number is repeated."""
-        padded = [*numbers] + [numbers[-1]] * (self.batch - len(numbers))
-        tokens = torch.cat([*self.token_groups(padded, prefix)], 1)  # (B, n)
+        """Images of up to a batch of numbers, after a prefix (B, n) of a whole one."""
+        padded = self.padded(numbers)
+        tokens = torch.cat(list(self.token_groups(padded, prefix)), 1)  # (B, n)
         return self.decode(padded, tokens)[:len(numbers)]
 
     def previews(self, numbers):
         """Yields images after each group of tokens of a whole batch, as soon as they are drawn."""
-        pending = []
-        previews = self.tokenizer.stream(
-            iter(pending.pop, None), self.noise(numbers), self.config.solver, self.groups)
-        for group in self.token_groups(numbers):
-            pending.append(group)
-            with autocast(self.device):  # of the decoder only, and not of whom the preview goes to
-                preview = next(previews)
-            yield preview
+        return self.tokenizer.stream(self.token_groups(numbers), self.noise(numbers),
+                                     self.config.solver, self.groups)
 
 
 # ---- The modes -----------------------------------------------------------------------------------
@@ -164,7 +161,7 @@ def draw_stream(pipeline):
     stem = os.path.splitext(pipeline.config.out)[0]
     group_size = pipeline.tokenizer.config.group_size
     previews, frames = [], []
-    for images in pipeline.previews([*range(pipeline.batch)]):
+    for images in pipeline.previews(range(pipeline.batch)):
         previews.append(images)
         frames.append(image_grid(images, min(10, pipeline.batch)))
         save_picture(f"{stem}_{len(frames) * group_size:03d}.png", frames[-1])
@@ -184,226 +181,18 @@ def draw_layouts(pipeline):
     total = tokens.shape[1]
     kept = config.keep or f"{total // 8},{total // 4},{total // 2}"
     rows = []
-    for n in kept.split(","):
-        rows += [photo, pipeline.images(range(pipeline.batch), tokens[:, :int(n)])]
+    for text in kept.split(","):
+        if not text.isdecimal() or int(text) > total:
+            raise Mistake(f"--keep needs whole numbers up to {total}, a,b,c, got {text!r}")
+        rows += [photo, pipeline.images(range(pipeline.batch), tokens[:, :int(text)])]
     save_picture(config.out, image_grid(torch.cat(rows), 1 + pipeline.batch))
 
 
 def folder_of(pipeline, path, items):
     """Where the parts of a file are until it is whole."""
-    models = pipeline.ar, pipeline.tokenizer
-    return f"{path}.{digest(asdict(pipeline.config), pipeline.device.type, *models, items)}"
-
-
-def draw_many(pipeline):
-    """`--npz`: all images in one file."""
-    folder = folder_of(pipeline, pipeline.config.npz, pipeline.labels)
-    paths = shards(folder, len(pipeline.labels), pipeline.batch,
-                   lambda numbers: to_uint8(pipeline.images(numbers)))
-    if rank() == 0:
-        size = pipeline.tokenizer.config.image_size
-        shape = len(pipeline.labels), size, size, 3
-        write_npz(pipeline.config.npz, shape, (np.load(path) for path in paths))
-        shutil.rmtree(folder)
-
-
-def reconstruct(pipeline, files):
-    """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
-    folder = folder_of(pipeline, pipeline.config.out, files)
-    size = pipeline.tokenizer.config.image_size
-
-    def make(numbers):
-        photos = [read_image(files[i]) for i in numbers]
-        images = torch.stack([to_tensor(center_crop(photo, size)) for photo in photos])
-        images = images.to(pipeline.device)                         # (n, 3, H, W)
-        decoded = pipeline.decode(numbers, pipeline.tokenizer.encode(images))
-        return np.stack([to_uint8(images), to_uint8(decoded)])      # (2, n, H, W, 3)
-
-    paths = shards(folder, len(files), pipeline.batch, make)
-    if rank() > 0:
-        return
-    stem = os.path.splitext(pipeline.config.out)[0]
-    for i, name in enumerate(("originals", "reconstructions")):
-        shape = len(files), size, size, 3
-        write_npz(f"{stem}_{name}.npz", shape, (np.load(path)[i] for path in paths))
-    shown = from_uint8(np.load(paths[0])[:, :20]).transpose(0, 1).flatten(0, 1)
-    save_picture(pipeline.config.out, image_grid(shown, min(10, len(shown))))
-    pairs = (from_uint8(np.load(path)) for path in paths)
-    decibels = [len(images) * psnr(decoded, images) for images, decoded in pairs]
-    print(f"PSNR {sum(decibels) / len(files):.2f} dB over {len(files):,} images")
-    shutil.rmtree(folder)
-
-
-# ---- The program ---------------------------------------------------------------------------------
-
-def parse_cfg(text):
-    """Guidance (start, end): "1.1:10" runs linearly over the tokens, "4" is constant, "none" is
-    off."""
-    start, _, end = text.partition(":")
-    try:
-        return None if text == "none" else (float(start), float(end or start))
-    except ValueError:
-        raise Mistake(f"--cfg must be START:END, one number, or none, got {text!r}") from None
-
-
-def labels_of(config, classes):
-    """The label of each image to draw: of `--labels`, numbers or names, or of all classes in turn;
-    for `--npz`, these are shuffled."""
-    count = len(classes)
-    known = [*classes, *map(str, range(count))]  # each class twice: by name, by number
-    labels = []
-    for part in config.labels.split(",") if config.labels else classes:
-        if part not in known:
-            raise Mistake(f"--labels: no class {part!r}; give numbers below {count} or "
-                          f"names such as {', '.join(classes[:10])}")
-        labels.append(known.index(part) % count)
-    single = config.stream or config.prefix
-    if single and not config.labels:
-        labels = labels[:10]
-    total = config.num_images or (len(labels) if single else 100)
-    labels = [*islice(cycle(labels), total)]
-    if config.npz:
-        np.random.default_rng(seed_of(config.seed, "labels")).shuffle(labels)
-    return labels
-
-
-def check_flags(config):
-    """Raises a Mistake for flags that do not go together, and for files in the way."""
-    if sum(map(bool, (config.stream, config.prefix, config.reconstruct, config.npz))) > 1:
-        raise Mistake("--stream, --prefix, --reconstruct and --npz exclude one another")
-    if config.solver not in SOLVERS or not config.out.lower().endswith((".png", ".jpg", ".webp")):
-        raise Mistake(f"--solver must be one of {', '.join(SOLVERS)}, and --out end in .png, .jpg "
-                      "or .webp")
-    if os.path.exists(config.npz):
-        raise Mistake(f"{config.npz} is there already; give another name")
-
-
-def main(argv=None):
-    # Settings and processes
-    (config,) = parse({"": (SampleConfig(),)}, argv, __doc__)
-    check_flags(config)
-    device = join_processes()
-    if rank() > 0 and not (config.npz or config.reconstruct):
-        return leave_processes()  # one process draws a picture
-
-    # Models; what to draw
-    tokenizer = load_tokenizer(config.tokenizer or config.ckpt, device)
-    ar, cfg, labels, files = None, None, [], []
-    if config.reconstruct:
-        names = find_images(config.reconstruct, quiet=rank() > 0)
-        chosen = spread(config.num_images or len(names), len(names))
-        files = [os.path.join(config.reconstruct, names[i]) for i in chosen]
-    else:
-        saved = load_checkpoint(config.ckpt, "ar")
-        labels = labels_of(config, saved["classes"])
-        guidance = config.cfg or "{cfg_start}:{cfg_end}".format(**saved["settings"])
-        cfg = parse_cfg(guidance)
-        print0(f"guidance {guidance}" + " as trained" * (not config.cfg))
-        ar = load_ar(config.ckpt, device, tokenizer.config.num_tokens)
-        if (ar.config.vocab_size, ar.config.num_tokens) != (tokenizer.config.codebook_size,
-                                                            tokenizer.config.num_tokens):
-            raise Mistake(f"{config.ckpt} predicts the tokens of another tokenizer")
-
-    # Images
-    count = len(labels or files)
-    batch = count if config.stream or config.prefix else min(count, config.batch)
-    pipeline = Pipeline(config, ar, tokenizer, cfg, labels, batch, device)
-    if config.stream:
-        draw_stream(pipeline)
-    elif config.prefix:
-        draw_layouts(pipeline)
-    elif config.reconstruct:
-        reconstruct(pipeline, files)
-    elif config.npz:
-        draw_many(pipeline)
-    else:
-        columns = len({*labels})
-        draw_grid(pipeline, min(columns if columns > 1 else count, 10))
-    leave_processes()
-
-
-# ==== What the other scripts use too ==============================================================
-
-# ---- Settings ------------------------------------------------------------------------------------
-
-MAY_BE_ZERO = {"temperature", "workers", "lr", "lr_final", "warmup_steps", "decay_steps", "ema",
-               "vq", "lpips", "repa", "repa_depth", "commitment", "dropout", "class_dropout",
-               "weight_decay", "save_minutes", "cfg_start"}
-SHARES = {"ema", "beta1", "beta2", "dropout", "class_dropout"}  # below 1
-
-
-def check(config):
-    """Raises a Mistake where a number of a dataclass is not finite, negative, or 0 without a
-    meaning."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        flag = "--" + field.name.replace("_", "-")
-        if field.type in (int, float):
-            zero = field.default == 0 or field.name in MAY_BE_ZERO
-            if not (0 < value < math.inf or zero and value == 0):
-                raise Mistake(f"{flag} must be {'0 or ' * zero}a positive number, got {value}")
-            if field.name in SHARES and value >= 1:
-                raise Mistake(f"{flag} must be below 1, got {value}")
-
-
-def parse(presets, argv, text):
-    """The dataclasses of the preset that --preset names (if there are several), with the flags that
-    were given, one a field. text: what --help says. A mistake ends the program, as in argparse."""
-    parser = argparse.ArgumentParser(
-        description=text, usage="%(prog)s [--flag VALUE ...]; --help lists the flags",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    first = next(iter(presets))
-    if len(presets) > 1:
-        parser.add_argument("--preset", choices=presets, default=first)
-    for part in presets[first]:
-        comments = dict(re.findall(r"(\w+): [^#\n]*# (.*)", inspect.getsource(type(part))))
-        for field in fields(part):
-            kind = {"type": field.type}
-            if field.type is bool:
-                kind = {"action": argparse.BooleanOptionalAction}
-            help = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
-            parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=help, **kind)
-    given = vars(parser.parse_args(argv))
-    configs = []
-    for part in presets[given.pop("preset", first)]:
-        own = {name: value for name, value in given.items() if hasattr(part, name)}
-        try:
-            configs.append(replace(part, **own))
-            check(configs[-1])
-        except (Mistake, AssertionError) as error:
-            parser.error(str(error))
-    return configs
-
-
-# ---- Files ---------------------------------------------------------------------------------------
-
-def write(path, save):
-    """Calls save(file) on a temporary file, then renames it to `path`, which thus is always whole.
-    """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def shards(folder, count, size, make):
-    """Paths of files that hold make(numbers) of each `size` of `count` numbers. Processes share the
-    work in a folder that all nodes see, and what is there is not made again: a run that was killed
-    goes on. The folder's name should hold a `digest` of all that `make` depends on."""
-    parts = [range(count)[i:i + size] for i in range(0, count, size)]
-    paths = [os.path.join(folder, f"{numbers.start:08d}.npy") for numbers in parts]
-    for numbers, path in islice(zip(parts, paths), rank(), None, world()):
-        if not os.path.exists(path):
-            began = time.time()
-            rows = make(numbers)
-            write(path, lambda file: np.save(file, rows))
-            rate = world() * len(numbers) / (time.time() - began)
-            print0(f"{numbers.stop:,} of {count:,} images, {rate:.1f} a second")
-    wait()
-    return paths
+    models = [model for model in (pipeline.ar, pipeline.tokenizer) if model is not None]
+    configs = [pipeline.config] + [model.config for model in models]
+    return f"{path}.{digest(configs, pipeline.device.type, *models, items)}"
 
 
 def write_npz(path, shape, parts):
@@ -420,6 +209,244 @@ def write_npz(path, shape, parts):
 
     write(path, save)
     print(path)
+
+
+def draw_many(pipeline):
+    """`--npz`: all images in one file."""
+    folder = folder_of(pipeline, pipeline.config.npz, pipeline.labels)
+    paths = shards(folder, len(pipeline.labels), pipeline.batch,
+                   lambda numbers: to_uint8(pipeline.images(numbers)))
+    if rank() == 0 and not os.path.exists(pipeline.config.npz):  # by the same command elsewhere
+        size = pipeline.tokenizer.config.image_size
+        shape = len(pipeline.labels), size, size, 3
+        write_npz(pipeline.config.npz, shape, (np.load(path) for path in paths))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def reconstruct(pipeline, files):
+    """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
+    folder = folder_of(pipeline, pipeline.config.out, files)
+    size = pipeline.tokenizer.config.image_size
+
+    def make(numbers):
+        photos = [read_image(files[i]) for i in numbers]
+        images = torch.stack([to_tensor(center_crop(photo, size)) for photo in photos])
+        images = images.to(pipeline.device)                         # (n, 3, H, W)
+        tokens = pipeline.tokenizer.encode(images)
+        tokens = tokens[pipeline.padded(range(len(images)))]        # (B, N)
+        decoded = pipeline.decode(pipeline.padded(numbers), tokens)[:len(images)]
+        return np.stack([to_uint8(images), to_uint8(decoded)])      # (2, n, H, W, 3)
+
+    paths = shards(folder, len(files), pipeline.batch, make)
+    if rank() > 0:
+        return
+    stem = os.path.splitext(pipeline.config.out)[0]
+    for i, name in enumerate(("originals", "reconstructions")):
+        shape = len(files), size, size, 3
+        write_npz(f"{stem}_{name}.npz", shape, (np.load(path)[i] for path in paths))
+    shown = from_uint8(np.load(paths[0])[:, :20]).transpose(0, 1).flatten(0, 1)
+    save_picture(pipeline.config.out, image_grid(shown, min(10, len(shown))))
+    pairs = (from_uint8(np.load(path)) for path in paths)
+    decibels = [len(images) * psnr(decoded, images) for images, decoded in pairs]
+    print(f"PSNR {sum(decibels) / len(files):.2f} dB over {len(files):,} images")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- The program ---------------------------------------------------------------------------------
+
+def parse_cfg(text):
+    """Guidance (start, end): "1.1:10" runs linearly over the tokens, "4" is constant, "none" is
+    off."""
+    if text == "none":
+        return None
+    start, _, end = text.partition(":")
+    with suppress(ValueError):
+        cfg = float(start), float(end or start)
+        if np.isfinite(cfg).all():
+            return cfg
+    raise Mistake(f"--cfg must be START:END, one number, or none, got {text!r}")
+
+
+def labels_of(config, classes):
+    """The label of each image to draw: of `--labels`, numbers or names, or of all classes in turn;
+    for `--npz`, these are shuffled."""
+    count = len(classes)
+    known = list(classes)
+    if not any(name.isdecimal() for name in classes):  # else a number is a name
+        known += map(str, range(count))
+    labels = []
+    for part in config.labels.split(",") if config.labels else classes:
+        part = unicodedata.normalize("NFC", part)
+        if part not in known:
+            raise Mistake(f"--labels: no class {part!r}; give names such as "
+                          f"{', '.join(classes[:10])}, or numbers from 0 to {count - 1} "
+                          "where no name is a number")
+        labels.append(known.index(part) % count)
+    single = config.stream or config.prefix
+    if single and not config.labels:
+        labels = labels[:10]
+    total = config.num_images or (len(labels) if single else 100)
+    labels = [*islice(cycle(labels), total)]
+    if config.npz:
+        np.random.default_rng(seed_of(config.seed, "labels")).shuffle(labels)
+    return labels
+
+
+UNUSED = {  # by mode: some flags without effect
+    "stream": ["keep", "steps"], "prefix": ["batch"], "npz": ["keep", "out"],
+    "reconstruct": ["keep", "labels", "cfg", "temperature", "top_k", "top_p"],
+}
+
+
+def check_flags(config):
+    """Raises a Mistake for flags that do not go together, and for files in the way."""
+    if os.path.exists(config.npz):
+        raise Mistake(f"{config.npz} is there already; give another name")
+    modes = [mode for mode in UNUSED if getattr(config, mode)]
+    if len(modes) > 1:
+        raise Mistake("--stream, --prefix, --reconstruct and --npz exclude one another")
+    for name in UNUSED[modes[0]] if modes else ["keep"]:
+        if getattr(config, name) != getattr(SampleConfig, name):
+            raise Mistake(f"--{name.replace('_', '-')} has no effect here; leave it out")
+    if config.solver not in SOLVERS or not config.out.lower().endswith((".png", ".jpg", ".webp")):
+        raise Mistake(f"--solver must be one of {', '.join(SOLVERS)}, and --out end in .png, .jpg "
+                      "or .webp")
+
+
+def main(argv=None):
+    # Settings and processes
+    (config,) = parse({"": (SampleConfig(),)}, argv, __doc__)
+    check_flags(config)
+    device = join_processes()
+    if rank() > 0 and not (config.npz or config.reconstruct):
+        return leave_processes()  # one process draws a picture
+
+    # Reconstructions
+    tokenizer = load_tokenizer(config.tokenizer or config.ckpt, device)
+    if config.reconstruct:
+        names = find_images(config.reconstruct, quiet=rank() > 0)
+        chosen = spread(config.num_images or len(names), len(names))
+        files = [os.path.join(config.reconstruct, names[i]) for i in chosen]
+        batch = min(len(files), config.batch)
+        pipeline = Pipeline(config, None, tokenizer, None, files, batch, device)
+        reconstruct(pipeline, files)
+        return leave_processes()
+
+    # The autoregressive model; what to draw
+    saved = load_checkpoint(config.ckpt, "ar")
+    labels = labels_of(config, saved["classes"])
+    guidance = config.cfg or "{cfg_start}:{cfg_end}".format(**saved["settings"])
+    print0(f"guidance {guidance}" + " as trained" * (not config.cfg))
+    ar = load_ar(config.ckpt, device, tokenizer.config.num_tokens)
+    if (ar.config.vocab_size, ar.config.num_tokens) != (tokenizer.config.codebook_size,
+                                                        tokenizer.config.num_tokens):
+        raise Mistake(f"{config.ckpt} predicts the tokens of another tokenizer")
+    compare_tokens(saved, config.ckpt, tokenizer)
+
+    # Images
+    count = len(labels)
+    batch = count if config.stream or config.prefix else min(count, config.batch)
+    pipeline = Pipeline(config, ar, tokenizer, parse_cfg(guidance), labels, batch, device)
+    if config.stream:
+        draw_stream(pipeline)
+    elif config.prefix:
+        draw_layouts(pipeline)
+    elif config.npz:
+        draw_many(pipeline)
+    else:
+        columns = len(set(labels))
+        draw_grid(pipeline, min(columns if columns > 1 else count, 10))
+    leave_processes()
+
+
+# ==== What the other scripts use too ==============================================================
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+MAY_BE_ZERO = {"workers", "warmup_steps", "decay_steps", "repa_depth"}
+SHARES = {"ema", "beta1", "beta2", "dropout", "class_dropout"}  # below 1
+
+
+def check(config):
+    """Raises a Mistake where a number of a dataclass is not finite, negative, or a count of 0
+    without a meaning."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if field.type in (int, float):
+            zero = field.type is float or field.default == 0 or field.name in MAY_BE_ZERO
+            if not (0 < value < math.inf or zero and value == 0):
+                raise Mistake(f"{flag} must be {'0 or ' * zero}a positive number, got {value}")
+            if field.name in SHARES and value >= 1:
+                raise Mistake(f"{flag} must be below 1, got {value}")
+
+
+def parse(presets, argv, text):
+    """The dataclasses of the preset that --preset names (if there are several), with the flags that
+    were given, one a field. text: what --help says, before the fields as they stand in the source.
+    A mistake ends the program, as in argparse."""
+    first = next(iter(presets))
+    source = "\n".join(inspect.getsource(type(part)) for part in presets[first])
+    parser = argparse.ArgumentParser(
+        description=text, usage="%(prog)s [--flag VALUE ...]", epilog=f"Flags:\n\n{source}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    if len(presets) > 1:
+        parser.add_argument("--preset", choices=presets, default=first)
+    for part in presets[first]:
+        for field in fields(part):
+            kind = {"type": field.type}
+            if field.type is bool:
+                kind = {"action": argparse.BooleanOptionalAction}
+            parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                                help=argparse.SUPPRESS, **kind)
+    given = vars(parser.parse_args(argv))
+    configs = []
+    for part in presets[given.pop("preset", first)]:
+        own = {name: value for name, value in given.items() if hasattr(part, name)}
+        try:
+            configs.append(replace(part, **own))
+            check(configs[-1])
+        except (Mistake, AssertionError) as error:
+            parser.error(str(error))
+    return configs
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+def write(path, save):
+    """Calls save(file) on a temporary file, of another name in each process, then renames it to
+    `path`, which thus is always whole. Raises OSError or Mistake."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{os.urandom(4).hex()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # so torch says that the disk is full
+        raise Mistake(f"{path} cannot be written ({error})") from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def shards(folder, count, size, make):
+    """Paths of files that hold make(numbers) of each `size` of `count` numbers. Processes share the
+    work in a folder that all nodes see, and what is there is not made again: a run that was killed
+    goes on. The folder's name should hold a `digest` of all that `make` depends on."""
+    starts = range(0, count, size)
+    paths = [os.path.join(folder, f"{start:08d}.npy") for start in starts]
+    for i in range(rank(), len(paths), world()):
+        if not os.path.exists(paths[i]):
+            began = time.time()
+            numbers = range(starts[i], min(starts[i] + size, count))
+            rows = make(numbers)
+            write(paths[i], lambda file: np.save(file, rows))
+            rate = world() * len(numbers) / (time.time() - began)
+            print0(f"{numbers.stop:,} of {count:,} images, {rate:.1f} a second")
+    wait()
+    return paths
 
 
 def save_picture(path, image, **options):
@@ -445,6 +472,8 @@ def read_image(path, draft_size=0):
 def to_rgb(image):
     """8-bit RGB of an image of any mode; 16-bit ones are scaled, not cut, transparent ones lie on
     white."""
+    if image.mode == "F":
+        raise Mistake("its pixels are floating-point numbers, and no value of white is known")
     if image.mode.startswith("I"):
         pixels = np.array(image) / 256
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -526,6 +555,8 @@ def load_checkpoint(path, kind):
         with torch.serialization.safe_globals(allowed):
             saved = torch.load(path, "cpu", weights_only=True, mmap=True)
         saved = saved if "kind" in saved else translate(saved)
+    except OSError:  # no permission, say
+        raise
     except Exception:  # torch raises many kinds
         raise Mistake(f"{path} is no checkpoint of this code or the authors': damaged, of another "
                       "format, or with objects in it that are not tensors") from None
@@ -538,12 +569,17 @@ def load_checkpoint(path, kind):
     return saved
 
 
-def build(model_class, config, saved, device):
+def build(model_class, config_class, settings, saved, device):
     """The model in a checkpoint's dict, with averaged weights if there are any, in eval mode."""
+    try:
+        config = config_class(**settings)
+    except TypeError as error:
+        raise Mistake(f"a checkpoint of another version of this code ({error})") from None
     with torch.device("meta"):
         model = model_class(config)
     weights = saved.get("ema") or saved["model"]
-    weights = {name: value.to(device, torch.float32) for name, value in weights.items()
+    # Copied, so that nothing hangs on the file
+    weights = {name: value.to(device, torch.float32, copy=True) for name, value in weights.items()
                if not name.startswith("repa_head.")}
     model.load_state_dict(weights, assign=True)
     return model.eval()
@@ -551,18 +587,19 @@ def build(model_class, config, saved, device):
 
 def load_tokenizer(path, device="cpu"):
     """The tokenizer in a checkpoint of train_tokenizer.py or train_ar.py, or in one of the authors'
-    files (D-AR-tokenizer_v1.pt). Raises Mistake."""
+    files (D-AR-tokenizer_v1.pt). Raises Mistake, or OSError."""
     saved = load_checkpoint(path, "tokenizer")
-    config = TokenizerConfig(**{**saved["config"], "repa_depth": 0})
-    return build(Tokenizer, config, saved, device)
+    settings = {**saved["config"], "repa_depth": 0}
+    return build(Tokenizer, TokenizerConfig, settings, saved, device)
 
 
 def load_ar(path, device="cpu", num_tokens=256):
     """The model in a checkpoint of train_ar.py, or in one of the authors' files (D-AR-L-360K.pt,
-    D-AR-XL-360K.pt, bare state dicts), which do not tell `num_tokens`. Raises Mistake."""
+    D-AR-XL-360K.pt, bare state dicts), which do not tell `num_tokens`. Raises Mistake, or OSError.
+    """
     saved = load_checkpoint(path, "ar")
-    config = ARConfig(**{"num_tokens": num_tokens, **saved["config"]})
-    return build(AR, config, saved, device)
+    settings = {"num_tokens": num_tokens, **saved["config"]}
+    return build(AR, ARConfig, settings, saved, device)
 
 
 def pack(kind, model):
@@ -571,16 +608,30 @@ def pack(kind, model):
 
 
 def digest(*things):
-    """Ten hex digits that stand for settings and models with their weights."""
+    """Ten hex digits that stand for settings and the weights of models."""
     hasher = hashlib.sha256()
     for thing in things:
         if isinstance(thing, nn.Module):
-            hasher.update(str(thing.config).encode())
             for value in thing.state_dict().values():
                 hasher.update(value.cpu().float().numpy())
         else:
             hasher.update(str(thing).encode())
     return hasher.hexdigest()[:10]
+
+
+def token_digest(tokenizer):
+    """Stands for all that tokens depend on, but the images: whatever is changed in how they are
+    decoded, they stay valid."""
+    config = tokenizer.config
+    return digest(config.image_size, config.num_tokens, config.head_dim, tokenizer.encoder,
+                  tokenizer.quantizer)
+
+
+def compare_tokens(saved, path, tokenizer):
+    """Prints a warning where an autoregressive model learnt the tokens of another tokenizer."""
+    known = saved.get("fixed", {}).get("tokens")
+    if known and known != token_digest(tokenizer):
+        print0(f"warning: {path} was trained on the tokens of another tokenizer of the same sizes")
 
 
 # ---- The authors' files --------------------------------------------------------------------------
@@ -635,6 +686,11 @@ def translate(saved):
     return {"kind": "tokenizer", "config": config, "model": model}
 
 
+def guidance_end(depth):
+    """The paper's guidance at the last token, for models as deep as L, and deeper ones. App. II"""
+    return 8.0 if depth <= 24 else 10.0
+
+
 def translate_ar(weights):
     """The authors' weights of an autoregressive model, whose names are ours but for one, as a
     checkpoint of ours, without `num_tokens`; heads are 64 wide."""
@@ -644,7 +700,7 @@ def translate_ar(weights):
     depth = sum(name.endswith("attention.wo.weight") for name in model)
     config = {"depth": depth, "width": width, "heads": width // 64, "vocab_size": vocab_size,
               "num_classes": num_classes}
-    settings = {"cfg_start": 1.1, "cfg_end": 8.0 if depth <= 24 else 10.0}  # App. II
+    settings = {"cfg_start": 1.1, "cfg_end": guidance_end(depth)}
     classes = [str(i) for i in range(num_classes)]
     return {"kind": "ar", "config": config, "model": model, "classes": classes,
             "settings": settings}
@@ -663,6 +719,13 @@ def seeded(*key, device="cpu"):
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
+def draw_noise(key, numbers, size, device):
+    """Standard normal noise (n, 3, size, size), each a function of the key and its number."""
+    return torch.stack([
+        torch.randn(3, size, size, device=device, generator=seeded(*key, i, device=device))
+        for i in numbers])
+
+
 def join_processes():
     """The device of this process, which joins the others where torchrun started it."""
     launched = dist.is_torchelastic_launched()  # whatever else the environment says
@@ -670,9 +733,17 @@ def join_processes():
     if torch.cuda.is_available():
         device = torch.device("cuda", dist.get_node_local_rank() if launched else 0)
         torch.cuda.set_device(device)
-    if launched:  # processes wait for one another for long, while they share out the tokens
-        dist.init_process_group(timeout=timedelta(hours=12))
+    if launched:
+        dist.init_process_group()
+        patient_group()
     return device
+
+
+@functools.cache
+def patient_group():
+    """All processes, for waiting: some share of the tokens may take hours longer than others. In
+    training, a process that hangs is noticed after minutes."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
 
 def leave_processes():
@@ -692,13 +763,22 @@ def world():
 def wait():
     """Until all processes are here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(patient_group())
 
 
 def print0(text):
     """Prints in the first process."""
     if rank() == 0:
         print(text, flush=True)
+
+
+def compile_blocks(model):
+    """Compiles the transformer blocks one by one, which share what is compiled for a shape."""
+    torch._dynamo.config.recompile_limit = 32  # 16 lengths of the cache, and that of a prefix
+    for blocks in model.modules():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                block.compile(dynamic=False)
 
 
 def autocast(device):

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_ar import AR, SIZES
-from sample import (Mistake, autocast, center_crop, digest, image_grid, join_processes,
-                    leave_processes, load_ar, load_checkpoint, load_tokenizer, pack, parse, print0,
-                    rank, run, save_picture, seed_of, seeded, shards, spread,
-                    to_tensor)
+from sample import (Mistake, autocast, center_crop, compare_tokens, digest, guidance_end,
+                    image_grid, join_processes, leave_processes, load_ar, load_checkpoint,
+                    load_tokenizer, pack, parse, print0, rank, run, save_picture, seed_of, seeded,
+                    shards, spread, to_tensor, token_digest)
 from train_tokenizer import (Record, distribute, item_at, make_optimizer, open_data, passes_of,
                              positions, read_any, set_lr, update_ema)
 
@@ -33,7 +33,8 @@ class TrainConfig:
     out: str = "out/ar"             # folder of checkpoints, log and pictures
     init_from: str = ""             # checkpoint whose weights a new run starts from
     tokenizer: str = "out/tokenizer/last.pt"  # checkpoint of the tokenizer
-    codes: str = "out/codes"        # folder of the images' tokens, written by the first run
+    codes: str = "out/codes"        # folder of tokens by the images' names; where they changed
+                                    # under the same names, remove it
     save_minutes: float = 10        # between checkpoints; 0: one after each step
     keep_every: int = 0             # steps between checkpoints that stay; 0: only the last one
     # Data
@@ -66,13 +67,13 @@ class TrainConfig:
     eval_images: int = 512          # held-out images for the loss
     eval_samples: int = 40          # samples in a picture, of up to ten classes in turn
     cfg_start: float = 1.1          # guidance of samples at the first token (App. II)
-    cfg_end: float = 8.0            # guidance of samples at the last token (App. II)
+    cfg_end: float = 0.0            # at the last token; 0: 8, from XL on 10 (App. II)
 
 
 PRESETS = {
     "paper": (TrainConfig(),),
     "toy": (TrainConfig(
-        data="shapes", size="toy", views=1, workers=0,
+        save_minutes=1, data="shapes", size="toy", views=1, workers=0,
         steps=700, batch=64, lr=2e-3, lr_final=1e-4, warmup_steps=50, decay_steps=450, ema=0.98,
         dropout=0.0, cfg_end=3.0, eval_every=300),),
     "cifar": (TrainConfig(
@@ -132,10 +133,10 @@ def encode_all(tokenizer, views, numbers, workers):
 
 def read_codes(config, tokenizer, train):
     """Labels and tokens of all images as in `encode_all`, memory-mapped from files of `SHARD` rows,
-    which the first call writes. The folder is named after the tokenizer and the images' names;
-    other images under the same names need another --codes."""
+    which the first call writes. The folder is named after what makes tokens, and the images' names.
+    """
     views = Views(train, tokenizer.config.image_size, config.views, config.flip)
-    name = digest(tokenizer, train, config.views, config.flip)
+    name = digest(token_digest(tokenizer), train, config.views, config.flip)
     paths = shards(os.path.join(config.codes, name), len(train), SHARD,
                    lambda numbers: encode_all(tokenizer, views, numbers, config.workers))
     return [np.load(path, mmap_mode="r") for path in paths]
@@ -162,33 +163,30 @@ def token_loss(model, labels, tokens):
 
 
 @torch.no_grad()
-def evaluate(model, labels, tokens):
-    """Loss and accuracy on held-out tokens (n, N) with labels (n,)."""
+def evaluate(model, tokenizer, labels, tokens, config):
+    """Loss and accuracy on held-out tokens (n, N) with labels (n,). Returns these numbers and a
+    picture of samples of up to ten classes, a column a class."""
     sums = 0.0
     for part in zip(labels.split(64), tokens.split(64)):
         sums += len(part[0]) * torch.stack(token_loss(model, *part))
     loss, accuracy = (sums / len(labels)).tolist()
-    return {"val_loss": loss, "val_accuracy": accuracy}
 
-
-@torch.no_grad()
-def draw_samples(model, tokenizer, config):
-    """A picture of samples of up to ten classes, a column a class."""
     columns = min(10, model.config.num_classes, config.eval_samples)
-    labels = torch.linspace(0, model.config.num_classes - 1, columns).long()
-    labels = labels[torch.arange(config.eval_samples) % columns]
+    classes = torch.linspace(0, model.config.num_classes - 1, columns).long()
+    asked = classes[torch.arange(config.eval_samples) % columns].to(labels.device)
     torch.manual_seed(config.seed)
-    tokens = model.generate(labels.to(model.output.weight.device),
-                            (config.cfg_start, config.cfg_end))
-    return image_grid(tokenizer.decode(tokens), columns)
+    samples = tokenizer.decode(model.generate(asked, (config.cfg_start, config.cfg_end)))
+    return {"val_loss": loss, "val_accuracy": accuracy}, image_grid(samples, columns)
 
 
 # ---- The run -------------------------------------------------------------------------------------
 
-def start_from(model, path, classes):
+def start_from(model, path, classes, tokenizer):
     """Gives a new model the weights in a checkpoint; rows of the class embedding by the name of the
     class, new ones stay fresh."""
-    names = load_checkpoint(path, "ar")["classes"]
+    saved = load_checkpoint(path, "ar")
+    compare_tokens(saved, path, tokenizer)
+    names = saved["classes"]
     if names[0] == "0" and classes[0] == "n01440764" and len(names) == len(classes) == 1000:
         names = classes  # the authors' files count the sorted classes of ImageNet
     weights = load_ar(path).state_dict()
@@ -211,6 +209,8 @@ def main(argv=None):
     (config,) = parse(PRESETS, argv, __doc__)
     if config.size not in SIZES or config.views not in (1, 2, 10):
         raise Mistake(f"--size must be one of {', '.join(SIZES)}, --views 1, 2 or 10")
+    if config.cfg_end == 0:
+        config.cfg_end = guidance_end(SIZES[config.size].depth)
     device = join_processes()
     passes = passes_of(config)
 
@@ -219,9 +219,10 @@ def main(argv=None):
     size, num_tokens = tokenizer.config.image_size, tokenizer.config.num_tokens
     train, held_out = open_data(config.data, size)
     codes = read_codes(config, tokenizer, train)
-    shown = spread(config.eval_images, len(held_out))
-    val = encode_all(tokenizer, Views(held_out, size, 1, False), shown, config.workers)
-    val = torch.from_numpy(val.astype(np.int64)).to(device)         # (n, 1 + N)
+    if rank() == 0:
+        chosen = spread(config.eval_images, len(held_out))
+        val = encode_all(tokenizer, Views(held_out, size, 1, False), chosen, config.workers)
+        val = torch.from_numpy(val.astype(np.int64)).to(device)     # (n, 1 + N)
 
     # Model and its running average
     architecture = replace(
@@ -230,14 +231,16 @@ def main(argv=None):
     torch.manual_seed(config.seed)
     model = AR(architecture).to(device)
     if config.init_from:
-        start_from(model, config.init_from, train.classes)
+        start_from(model, config.init_from, train.classes, tokenizer)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
 
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
-    fixed = {**asdict(replace(architecture, dropout=0.0)), "tokenizer": digest(tokenizer),
+    fixed = {**asdict(replace(architecture, dropout=0.0)), "tokens": token_digest(tokenizer),
              **{f"class {i}": name for i, name in enumerate(train.classes)}}
     parts = {"model": model, "ema": ema}
+    if config.ema == 0:
+        del parts["ema"]  # it is the model
     record = Record(config, "ar", parts, optimizer, fixed, len(train))
     ddp = distribute(model, config, device)
     packed = pack("tokenizer", tokenizer)
@@ -250,7 +253,7 @@ def main(argv=None):
         mine = positions(config, step - 1)
         labels, tokens = read_batch(codes, len(train), config.seed, mine, num_tokens)
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
-        dropped = dropped[mine.start % config.batch:][:len(mine)] < config.class_dropout
+        dropped = dropped[mine % config.batch] < config.class_dropout
         labels = labels.masked_fill(dropped, architecture.num_classes)
         labels = labels.to(device, non_blocking=True)               # (n,)
         tokens = tokens.to(device, non_blocking=True)               # (n, N)
@@ -274,9 +277,9 @@ def main(argv=None):
         # Log, evaluate, save
         record.log_means(step)
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
-            record.log(step=step, **evaluate(ema, val[:, 0], val[:, 1:]))
-            save_picture(record.path(f"samples_{step:06d}.png"),
-                         draw_samples(ema, tokenizer, config))
+            numbers, picture = evaluate(ema, tokenizer, val[:, 0], val[:, 1:], config)
+            record.log(step=step, **numbers)
+            save_picture(record.path(f"samples_{step:06d}.png"), picture)
         record.save(step, classes=train.classes, tokenizer=packed)
     leave_processes()
 

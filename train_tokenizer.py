@@ -29,10 +29,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model_tokenizer import TOKENIZERS, Tokenizer, group_of, interpolate, sampling_schedule
-from sample import (Mistake, autocast, center_crop, digest, find_images, image_grid, join_processes,
-                    leave_processes, load_checkpoint, load_tokenizer, pack, parse, print0,
-                    psnr, rank, read_image, resize_shorter, run, save_picture, seed_of, seeded,
-                    spread, to_tensor, wait, world, write)
+from sample import (Mistake, autocast, center_crop, compile_blocks, digest, draw_noise,
+                    find_images, image_grid, join_processes, leave_processes, load_checkpoint,
+                    load_tokenizer, pack, parse, print0, psnr, rank, read_image, resize_shorter,
+                    run, save_picture, seed_of, seeded, spread, to_tensor, wait, world, write)
 
 
 @dataclass
@@ -79,7 +79,7 @@ PRESETS = {  # name: (settings of the run, architecture)
     # App. III
     "light": (TrainConfig(steps=50_000, batch=256, micro_batch=64), TOKENIZERS["light"]),
     "toy": (TrainConfig(
-        data="shapes", resize_max=1.0, flip=False, workers=0,
+        save_minutes=1, data="shapes", resize_max=1.0, flip=False, workers=0,
         steps=1500, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=900, ema=0.98,
         vq=0.1, lpips=0.0, repa=0.0, reseed_after=20,
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
@@ -153,23 +153,20 @@ class Folder:
         self.classes = classes or sorted(folders)
         if not folders:
             raise Mistake(f"{root} must hold one sub-folder of images a class")
-        if len(folders) == 1 and subfolders(os.path.join(root, *folders.values())):
-            raise Mistake(f"{root} holds one folder only, of folders; give "
-                          f"--data {os.path.join(root, *folders.values())}")
-        if unknown := {*folders} - {*self.classes}:
+        if unknown := set(folders) - set(self.classes):
             raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
         found = find_images(root, quiet=rank() > 0)
         names = [name for name in found if os.sep in name]
         if len(names) < len(found):
             print0(f"{root}: left out {len(found) - len(names)} images in no class's folder")
-        of = [unicodedata.normalize("NFC", name.split(os.sep)[0]) for name in names]
-        if empty := {*folders} - {*of}:
+        labels = [unicodedata.normalize("NFC", name.split(os.sep)[0]) for name in names]
+        if empty := set(folders) - set(labels):
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
         # Two blocks of memory, which the processes that load images share
         self.names = np.array([os.fsencode(name) for name in names])
-        self.labels = np.searchsorted(self.classes, of)
+        self.labels = np.searchsorted(self.classes, labels)
 
-    def some(self, chosen):
+    def subset(self, chosen):
         """The same classes with those of the images that a mask chooses."""
         part = copy.copy(self)
         part.names = self.names[chosen]
@@ -177,8 +174,8 @@ class Folder:
         return part
 
     def __repr__(self):
-        """Stands for the images, by their names."""
-        return digest(self.names.tobytes())
+        """Stands for the images, by their names, and their labels."""
+        return digest(self.names.tobytes(), self.labels.tobytes())
 
     def __len__(self):
         return len(self.names)
@@ -194,24 +191,30 @@ HELD_OUT = ("val", "valid", "validation", "test")
 def open_data(data, size):
     """Training and held-out images of `--data`: "shapes"; a folder that holds `train` and, under a
     usual name, held-out folders of classes; or a folder of classes. Where nothing is held out,
-    every 100th image is."""
+    every 100th image is. Prints what it takes for what."""
     if data == "shapes":
         return Shapes(0, 10_000, size), Shapes(1_000_000, 1_000, size)
     if not os.path.isdir(data):
         raise Mistake(f"no folder {data}; give --data DIR with one sub-folder of images a class, "
                       "or --preset toy for the built-in pictures")
-    folders = {name.lower(): os.path.join(data, name) for name in subfolders(data)}
-    only_splits = {*folders} <= {"train", *HELD_OUT}
-    split = "train" in folders and (only_splits or subfolders(folders["train"]))
-    if folders and only_splits and not split:
-        raise Mistake(f"{data} holds {', '.join(folders)}, but no folder train")
-    train = Folder(folders["train"] if split else data)
-    for name in HELD_OUT:
-        if split and name in folders:
-            return train, Folder(folders[name], train.classes)
-    held_out = np.arange(len(train)) % 100 == 0
-    rest = ~held_out if len(train) > 1 else held_out
-    return train.some(rest), train.some(held_out)
+    folders = subfolders(data)
+    held_out = [name for name in HELD_OUT if name in folders][:1]
+    unused = []
+    if "train" in folders and subfolders(os.path.join(data, "train")):
+        train = Folder(os.path.join(data, "train"))
+        unused = [name for name in folders if name not in ["train"] + held_out]
+    else:  # these are names of classes
+        train, held_out = Folder(data), []
+    if held_out:
+        val = Folder(os.path.join(data, held_out[0]), train.classes)
+    else:
+        chosen = np.arange(len(train)) % 100 == 0
+        val = train.subset(chosen)
+        train = train.subset(~chosen) if len(train) > 1 else train
+    print0(f"{train.root}: {len(train):,} images; held out: {len(val):,} in {val.root}; not used: "
+           f"{' '.join(unused) or 'none'}; {len(train.classes)} classes: "
+           f"{' '.join(train.classes[:10])}")
+    return train, val
 
 
 def read_any(source, i):
@@ -265,18 +268,19 @@ class Crops:
 def passes_of(config):
     """Backward passes a step. Raises a Mistake where the batch does not divide."""
     share = config.batch // world()
-    micro = min(config.micro_batch, share)
-    if config.batch % world() or share % micro:
-        raise Mistake(f"--batch {config.batch} does not divide into {world()} processes and passes "
-                      f"of --micro-batch {micro} images")
-    return share // micro
+    if config.batch % world():
+        raise Mistake(f"--batch {config.batch} does not divide into {world()} processes")
+    if share % min(config.micro_batch, share):
+        raise Mistake(f"the {share} images of a process's share of --batch do not divide into "
+                      f"--micro-batch {config.micro_batch}")
+    return share // min(config.micro_batch, share)
 
 
 def positions(config, step):
-    """Positions of this process in a step, see `item_at`."""
+    """Positions (n,) of this process in a step, counted from 0, see `item_at`."""
     share = config.batch // world()
     first = step * config.batch + rank() * share
-    return range(first, first + share)
+    return np.arange(first, first + share)
 
 
 # ---- Losses and the codebook ---------------------------------------------------------------------
@@ -300,7 +304,7 @@ class RepaLoss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        net = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", verbose=False)
+        net = torch.hub.load("facebookresearch/dinov2:main", "dinov2_vitb14", verbose=False)
         self.net = net.eval().requires_grad_(False)
         moments = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
         self.register_buffer("moments", moments[..., None, None])            # (2, 3, 1, 1)
@@ -321,7 +325,11 @@ def in_turn(build):
     first = dist.get_node_local_rank(fallback_rank=0) == 0
     if not first:
         wait()
-    built = build()
+    try:
+        built = build()
+    except OSError as error:
+        raise Mistake(f"{build.__name__} needs a download ({error}); --lpips 0 --repa 0 trains "
+                      "without") from None
     if first:
         wait()
     return built
@@ -420,19 +428,16 @@ def distribute(model, config, device):
     The model itself stays as it is, to be saved and averaged."""
     if config.compile and device.type == "cuda":
         torch._dynamo.config.optimize_ddp = False  # it would split what is compiled by blocks
-        for blocks in model.modules():
-            if isinstance(blocks, nn.ModuleList):
-                for block in blocks:
-                    block.compile(dynamic=False)
+        compile_blocks(model)
     if world() == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def differences(old, new):
-    """The first entries of the dict `new` that differ from `old`, as a text."""
-    texts = [f"{name} {value} (was {old.get(name)})" for name, value in new.items()
-             if old.get(name) != value]
+    """The first entries of the dict `new` that differ from those of `old`, as a text."""
+    texts = [f"{name} {new[name]} (was {value})" for name, value in old.items()
+             if new.get(name, value) != value]
     return ", ".join(texts[:8])
 
 
@@ -450,6 +455,12 @@ class Record:
         self.settings = {**asdict(self.config), "images": self.num_images}
         self.sums = defaultdict(float)  # of losses since the last log line
         self.first_step = self.logged = self.resume()
+        if dist.is_initialized():
+            steps = [None] * world()
+            dist.all_gather_object(steps, self.first_step)
+            if len(set(steps)) > 1:
+                raise Mistake(f"processes found checkpoints of different steps, {sorted(set(steps))}: "
+                              "all nodes must see the same --out")
         self.began = self.saved_at = time.time()
         size = sum(parameter.numel() for parameter in self.parts["model"].parameters())
         print0(f"{self.kind}: {size:,} parameters, {self.num_images:,} training images, {world()} "
@@ -465,20 +476,27 @@ class Record:
         if not os.path.exists(path):
             return 0
         saved = load_checkpoint(path, self.kind)
-        if changed := differences(saved.get("fixed", {}), self.fixed):
+        # A field that came after the run began had its default then.
+        fixed = {**asdict(type(self.parts["model"].config)()), **saved.get("fixed", {})}
+        if changed := differences(fixed, self.fixed):
             raise Mistake(f"{path} is of another run: {changed}; give another --out")
+        if saved["step"] > self.config.steps:
+            raise Mistake(f"{path} is of step {saved['step']}, beyond --steps {self.config.steps}")
         if changed := differences(saved["settings"], self.settings):
             print0(f"going on with other settings: {changed}")
         for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+            part.load_state_dict(saved.get(name, saved["model"]))  # there may be no average
         groups = self.optimizer.state_dict()["param_groups"]  # betas and decay of this command
         self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
         return saved["step"]
 
     def save(self, step, **more):
         """In the first process, writes last.pt when it is due: by the clock, at the end, and every
-        `keep_every` steps, when another name for it stays. Raises a Mistake where a loss is not
-        finite."""
+        `keep_every` steps, when another file stays. Raises a Mistake where a loss is not finite.
+
+        A checkpoint holds, of the model: kind, config, model, ema; of an autoregressive one, also
+        classes and tokenizer, a checkpoint of kind, config, model; of the run: step, optimizer,
+        use (of the codebook), fixed, settings."""
         config = self.config
         keep = config.keep_every and step % config.keep_every == 0
         due = time.time() >= self.saved_at + 60 * config.save_minutes
@@ -489,9 +507,8 @@ class Record:
         checkpoint = {**pack(self.kind, self.parts["model"]), **states, **more, "step": step,
                       "optimizer": self.optimizer.state_dict(), "fixed": self.fixed,
                       "settings": self.settings}
-        write(self.path("last.pt"), lambda file: torch.save(checkpoint, file))
-        if keep and not os.path.exists(self.path(f"step_{step}.pt")):
-            os.link(self.path("last.pt"), self.path(f"step_{step}.pt"))
+        for name in [f"step_{step}.pt"] * bool(keep) + ["last.pt"]:
+            write(self.path(name), lambda file: torch.save(checkpoint, file))
         self.saved_at = time.time()
 
     def log_means(self, step, **more):
@@ -511,15 +528,23 @@ class Record:
         rate = (step - self.first_step) * config.batch / (time.time() - self.began)
         left = (config.steps - step) * config.batch / rate / 3600
         more = {name: float(value) for name, value in more.items()}
-        self.log(step=step, **means, images_per_s=rate, hours_left=left, **more)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.log(step=step, **means, lr=lr, images_per_s=rate, hours_left=left, **more)
 
     def log(self, **numbers):
         """In the first process, prints a line and appends it to log.jsonl."""
-        line = json.dumps({name: np.round(value, 5).tolist() for name, value in numbers.items()})
+        line = json.dumps({name: significant(value) for name, value in numbers.items()})
         print0(line)
         if rank() == 0:
             with open(self.path("log.jsonl"), "a") as file:
                 print(line, file=file)
+
+
+def significant(value):
+    """A number, or each of a list, with six significant digits."""
+    if isinstance(value, list):
+        return [significant(number) for number in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def check_finite(numbers):
@@ -531,10 +556,11 @@ def check_finite(numbers):
 # ---- The run -------------------------------------------------------------------------------------
 
 def draw_times(batch, generator):
-    """Times u (batch,) in [0, 1], one in each of as many equal parts: uniform, with less noise."""
+    """Times u (batch,) in [0, 1), one in each of as many equal parts: uniform, with less noise."""
     device = generator.device
     parts = torch.randperm(batch, generator=generator, device=device)
-    return (parts + torch.rand(batch, generator=generator, device=device)) / batch
+    u = (parts + torch.rand(batch, generator=generator, device=device)) / batch
+    return u.clamp(max=1 - 2 ** -24)  # the largest float32 below 1, which sums round up to
 
 
 def load_crops(crops, config, first_step, device):
@@ -550,8 +576,8 @@ def main(argv=None):
     config, architecture = parse(PRESETS, argv, __doc__)
     if config.repa == 0:
         architecture = replace(architecture, repa_depth=0)
-    elif architecture.repa_depth == 0:
-        raise Mistake("--repa needs a REPA head: give --repa-depth, or --repa 0")
+    elif not 0 < architecture.repa_depth < architecture.diffusion_depth:
+        raise Mistake("--repa needs a --repa-depth above 0 and below --diffusion-depth; or --repa 0")
     device = join_processes()
     passes = passes_of(config)
 
@@ -571,12 +597,17 @@ def main(argv=None):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     use = CodebookUse(architecture.codebook_size).to(device)
     weights = {"flow": 1.0, "vq": config.vq, "lpips": config.lpips, "repa": config.repa}
-    networks = {name: in_turn(network).to(device) for name, network
-                in (("lpips", PerceptualLoss), ("repa", RepaLoss)) if weights[name]}
+    networks = {}
+    if config.lpips:
+        networks["lpips"] = in_turn(PerceptualLoss).to(device)
+    if config.repa:
+        networks["repa"] = in_turn(RepaLoss).to(device)
 
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
     parts = {"model": model, "ema": ema, "use": use}
+    if config.ema == 0:
+        del parts["ema"]  # it is the model
     record = Record(config, "tokenizer", parts, optimizer, asdict(architecture), len(train))
     ddp = distribute(model, config, device)
 
@@ -585,24 +616,25 @@ def main(argv=None):
     for step in range(record.first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
-        # Times and noise of the whole batch, in all processes alike
+        # Times of the whole batch, in all processes alike
         u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))  # (batch,)
-        noise = torch.randn(config.batch, 3, size, size, device=device,
-                            generator=seeded(config.seed, "noise", step, device=device))
-        # A pass's VQ loss, a mean over tokens, counts as its tokens over those of a mean pass.
-        lengths = group_of(u, architecture.num_groups) + 1
-        lengths *= len(lengths) / lengths.sum()
+        # A pass's VQ loss is a mean over the tokens of its groups. It counts as they do beside
+        # those of a mean pass, so that any split of the batch takes the same step.
+        groups_read = group_of(u, architecture.num_groups) + 1
+        mean_groups_read = groups_read.mean()
 
         # Forward and backward, a micro-batch at a time
         tokens = []
-        for i in range(passes):
+        for numbers in np.split(positions(config, step - 1), passes):
             images = next(data).to(device, non_blocking=True)  # (micro, 3, H, W)
-            first = (rank() * passes + i) * len(images)
-            part = slice(first, first + len(images))  # of the whole batch
-            ddp.require_backward_grad_sync = i == passes - 1  # which only DDP reads
+            noise = draw_noise((config.seed, "noise"), numbers, size, device)
+            first = numbers[0] % config.batch
+            part = slice(first, first + len(numbers))  # of the whole batch
+            vq_share = groups_read[part].mean() / mean_groups_read
+            ddp.require_backward_grad_sync = len(tokens) == passes - 1  # which only DDP reads
             with autocast(device):
-                output = ddp(images, u[part], noise[part])
-                losses = {"flow": output.flow_loss, "vq": output.vq_loss * lengths[part].mean()}
+                output = ddp(images, u[part], noise)
+                losses = {"flow": output.flow_loss, "vq": output.vq_loss * vq_share}
                 for name, network in networks.items():
                     losses[name] = network(output, images)
                 loss = sum(weights[name] * value for name, value in losses.items())  # Eq. 7
@@ -622,7 +654,8 @@ def main(argv=None):
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
         # Log, evaluate, save
-        record.log_means(step, codebook=(use.idle < config.log_every).float().mean())
+        used = use.idle < min(step, config.log_every)
+        record.log_means(step, codebook=used.float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
             numbers, picture = evaluate(ema, shown, config.seed)
             record.log(step=step, **numbers)
