@@ -275,21 +275,21 @@ class RecordedStep:
         if length not in self.recorded:
             tokens, pos, scale = self.inputs
             self.recorded[length] = record(
-                lambda: decode_one_token(model, cache, tokens, pos, length, scale))
+                lambda: decode_one_token(model, cache, tokens, pos, length, scale), pos.device)
         replay, logits = self.recorded[length]
         replay()
         return logits
 
 
-def record(call):
+def record(call, device):
     """A CUDA graph of call(): a function that runs it again, and the outputs, which it overwrites.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     # A weight that autocast has cast before must not be found in its cache: it will not stay there.
     enabled = torch.is_autocast_enabled("cuda")
-    with torch.autocast("cuda", enabled=enabled, cache_enabled=False):
+    with torch.cuda.device(device), torch.autocast("cuda", enabled=enabled, cache_enabled=False):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # what is compiled or allocated in a first call is not recorded
                 call()

@@ -360,7 +360,7 @@ def test_draws_have_the_models_distribution_from_the_first_possible_token_to_the
         close(drawn.bincount()[allowed] / count, expected, 2 / count)  # the ends of a range
 
 
-def recorded(call):
+def recorded(call, _):
     """Stands for a CUDA graph of call(): outputs that each run overwrites."""
     outputs = call().clone()
     return lambda: outputs.copy_(call()), outputs
