@@ -295,7 +295,7 @@ def record(call, device):
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         # Other threads, such as one that pins memory, may go on calling CUDA.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = call()
     return graph.replay, outputs
 
