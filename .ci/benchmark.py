@@ -1,6 +1,8 @@
 """Measures sampling and training beside what the machine could do.
 
-    python .ci/benchmark.py sample L 64 1.1:8      one token's step, in random weights
+    python .ci/benchmark.py sample L 64 1.1:8 compiled   one token's step, in random weights;
+                                                   compiled or recorded (as sample.py draws from
+                                                   1,000 images on, or fewer), or eager
     python .ci/benchmark.py decode paper 64        tokens to images, eight steps
     python .ci/benchmark.py train paper 32         a training pass of the tokenizer without LPIPS, REPA
     python .ci/benchmark.py train L 64             a training pass of an autoregressive model
@@ -16,9 +18,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from model_ar import AR, SIZES, decode_one_token  # noqa: E402
+from model_ar import AR, SIZES, RecordedStep, decode_one_token  # noqa: E402
 from model_tokenizer import TOKENIZERS, Tokenizer, sampling_schedule  # noqa: E402
-from sample import autocast, parse_cfg  # noqa: E402
+from sample import autocast, compile_blocks, parse_cfg  # noqa: E402
 from train_ar import token_loss  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,31 +59,31 @@ def machine():
 
 
 @torch.no_grad()
-def sample(size, batch, cfg):
+def sample(size, batch, cfg, way="recorded"):
     model = AR(SIZES[size]).to(DEVICE, DTYPE).eval()
     guided = parse_cfg(cfg) is not None
     rows = batch * (1 + guided)
-    length = model.config.num_tokens * 5 // 8  # the mean of the four lengths of the cache
-    given = (model, model.new_cache(rows), torch.zeros(batch, dtype=torch.long, device=DEVICE),
+    count = model.config.num_tokens
+    length = min(count // 2 + 16, count)  # about the mean of those in use
+    given = (model, model.new_cache(rows),
+             torch.zeros(batch, 1, dtype=torch.long, device=DEVICE),
              torch.tensor([length - 1], device=DEVICE), length,
              torch.tensor(3.0, device=DEVICE) if guided else None)
-    step = decode_one_token
-    if ON_GPU:
-        step = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    step = RecordedStep() if ON_GPU and way != "eager" else decode_one_token
+    if way == "compiled":
+        compile_blocks(model)
     began = time.time()
     step(*given)
     synchronize()
-    print(f"first call (compiling) {time.time() - began:.0f} s", flush=True)
+    print(f"{way}: first call {time.time() - began:.1f} s", flush=True)
     bandwidth, rate = machine()
     took = seconds(lambda: step(*given), 50)
-    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     weights = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
     cache = rows * model.config.depth * 2 * model.config.width * length
     floor = max((weights + cache) * DTYPE.itemsize / bandwidth, 2 * weights * rows / rate)
-    count = model.config.num_tokens
-    print(f"{size}, batch {batch}, guidance {cfg}: {1e3 * took:.3f} ms a token, floor "
-          f"{1e3 * floor:.3f} ms, {floor / took:.0%}; {batch / took / count:.2f} images/s of tokens; "
-          f"CUDA graphs skipped {skips}", flush=True)
+    print(f"{size}, batch {batch}, guidance {cfg}, {way}: {1e3 * took:.3f} ms a token, floor "
+          f"{1e3 * floor:.3f} ms, {floor / took:.0%}; {batch / took / count:.2f} images/s of tokens",
+          flush=True)
     if "profile" in sys.argv and ON_GPU:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             seconds(lambda: step(*given), 2)
@@ -98,8 +100,8 @@ def decode(name, batch):
     noise = torch.randn(1, 3, config.image_size, config.image_size, device=DEVICE)
     with FlopCounterMode(display=False) as flops, autocast(DEVICE):
         tokenizer.velocity(noise, schedule[0], tokenizer.condition(tokens[:1]))
-    for block in tokenizer.diffusion.blocks if ON_GPU else ():
-        block.compile(dynamic=False)
+    if ON_GPU:
+        compile_blocks(tokenizer)
     with autocast(DEVICE):
         tokenizer.decode(tokens)
         _, rate = machine()
@@ -118,7 +120,6 @@ def train(name, micro):
         def loss_of(n):
             output = model(images[:n], u[:n], images[:n])
             return output.flow_loss + output.vq_loss
-        blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.diffusion.blocks]
     else:
         model = AR(SIZES[name]).to(DEVICE)
         labels = torch.zeros(micro, dtype=torch.long, device=DEVICE)
@@ -126,7 +127,6 @@ def train(name, micro):
 
         def loss_of(n):
             return token_loss(model, labels[:n], tokens[:n])[0]
-        blocks = [*model.layers]
 
     def a_pass(n=micro):
         with autocast(DEVICE):
@@ -135,8 +135,8 @@ def train(name, micro):
 
     with FlopCounterMode(display=False) as flops:
         a_pass(1)
-    for block in blocks if ON_GPU else ():
-        block.compile(dynamic=False)
+    if ON_GPU:
+        compile_blocks(model)
     a_pass()
     _, rate = machine()
     took = seconds(a_pass, 5)
@@ -148,4 +148,4 @@ def train(name, micro):
 
 if __name__ == "__main__":
     {"sample": sample, "decode": decode, "train": train}[sys.argv[1]](
-        sys.argv[2], int(sys.argv[3]), *sys.argv[4:5])
+        sys.argv[2], int(sys.argv[3]), *sys.argv[4:6])
