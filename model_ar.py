@@ -156,7 +156,7 @@ class AR(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """All initialisation (released code)."""
+        """All initialisation (released code); norms start at 1."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)

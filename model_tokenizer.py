@@ -11,9 +11,9 @@ another *is* running the diffusion.
     vectors (B, N, C) -> CausalDecoder -> cond (B, N, D), in K groups of (B, N/K, D)
     x_t (B, 3, H, W), t (B,), one group of cond -> DiffusionDecoder -> velocity (B, 3, H, W)
 
-Letters: B batch, H and W pixels, p pixels a side of a patch, L patches and D width of the part at
-hand, N tokens, K groups, V codebook size, C code width, h heads, d head width. Images are RGB in
-[-1, 1]. Flow time t: t = 0 is noise x0, t = 1 is the image x1; u is the time before the shift of
+Letters: B batch, H and W pixels, p pixels a side of a patch, L patches (or whatever attends) and D
+width of the part at hand, M what is attended to, N tokens, n the first of them, K groups, V codebook
+size, C code width, h heads, d head width. Images are RGB in [-1, 1]. Flow time t: t = 0 is noise x0, t = 1 is the image x1; u is the time before the shift of
 Eq. 8. "Sec.", "Eq." and "App." are of the paper, arxiv.org/abs/2505.23660; "released code" is the
 authors' public release. Eq. 6 is in model_ar.py, Eq. 7 in train_tokenizer.py.
 """
@@ -58,7 +58,7 @@ class TokenizerConfig:
     beta: float = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
     commitment: float = 0.25     # weight of the commitment loss (released code)
     # REPA head, in training only
-    repa_depth: int = 8          # it reads after this many diffusion blocks; 0: no head (Sec. 4)
+    repa_depth: int = 8          # it reads after this many diffusion blocks; 0: none (Sec. 4)
     repa_dim: int = 768          # width of the DINOv2-B features it predicts
     repa_hidden: int = 2048      # width of its hidden layers (released code)
 
@@ -166,7 +166,8 @@ def solver_step(x, v, v_before, step, solver):
     """x at step.t_next from x and velocity v at step.t, all (B, 3, H, W). Sec. 5, Table 6.
 
     solver: "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler, with the coefficients
-    of equal steps although the steps are not equal (released code).
+    of equal steps although the steps are not equal (released code). A solver must not ask for the
+    velocity at t = 1: there x shows no noise any more, and the velocity is data less noise.
     """
     assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
     if solver == "adams2" and v_before is not None:
@@ -379,8 +380,9 @@ def sinusoid(t, width):
 
 
 class DiffusionBlock(nn.Module):
-    """DiT block. Time and tokens enter only through shift, scale and gate (adaLN-zero), which
-    differ from patch to patch because each patch fetches its own condition. Sec. 4."""
+    """DiT block. Time and tokens enter only through shift, scale and gate (adaLN-zero, where
+    modulation_std is 0), which differ from patch to patch because each patch fetches its own
+    condition. Sec. 4."""
 
     def __init__(self, width, head_dim):
         super().__init__()
@@ -485,7 +487,7 @@ class Tokenizer(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """All initialisation (released code)."""
+        """All initialisation (released code), but for the gates of `Block`, which start at 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=self.config.init_std)
