@@ -5,9 +5,9 @@ q_N of the tokenizer; the model is trained on the next one (Eq. 6) and generates
 
     [class, q_1 ... q_{N-1}] -> embeddings (B, N, D) -> layers -> logits (B, N, V) of q_1 ... q_N
 
-Modules carry Llama's own names. Letters: B batch, N tokens an image, n some of them, D width,
-V vocabulary, h heads, d head width; `pos` is the position in the sequence (the class token has pos 0). "Sec." and
-"Eq." are the paper's.
+Modules carry Llama's own names. Letters: B batch, N tokens an image, n some of them, D width, V
+vocabulary, h heads, d head width; `pos` is the position in the sequence (the class token has pos
+0). "Sec." and "Eq." are the paper's.
 """
 import math
 from dataclasses import dataclass

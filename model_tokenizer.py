@@ -11,11 +11,12 @@ another *is* running the diffusion.
     vectors (B, N, C) -> CausalDecoder -> cond (B, N, D), in K groups of (B, N/K, D)
     x_t (B, 3, H, W), t (B,), one group of cond -> DiffusionDecoder -> velocity (B, 3, H, W)
 
-Letters: B batch, H and W pixels, p pixels a side of a patch, L patches (or whatever attends) and D
-width of the part at hand, M what is attended to, N tokens, n the first of them, K groups, V codebook
-size, C code width, h heads, d head width. Images are RGB in [-1, 1]. Flow time t: t = 0 is noise x0, t = 1 is the image x1; u is the time before the shift of
-Eq. 8. "Sec.", "Eq." and "App." are of the paper, arxiv.org/abs/2505.23660; "released code" is the
-authors' public release. Eq. 6 is in model_ar.py, Eq. 7 in train_tokenizer.py.
+Letters: B batch, H and W pixels, p pixels a side of a patch, L patches (or whatever attends), M
+what is attended to, D width of the part at hand, N tokens, n the first of them, K groups, V
+codebook size, C code width, h heads, d head width. Images are RGB in [-1, 1]. Flow time t: t = 0 is
+noise x0, t = 1 is the image x1; u is the time before the shift of Eq. 8. "Sec.", "Eq." and "App."
+are of the paper, arxiv.org/abs/2505.23660; "released code" is the authors' public release. Eq. 6 is
+in model_ar.py, Eq. 7 in train_tokenizer.py.
 """
 import math
 from dataclasses import dataclass
@@ -165,9 +166,9 @@ SOLVERS = ("adams2", "euler")
 def solver_step(x, v, v_before, step, solver):
     """x at step.t_next from x and velocity v at step.t, all (B, 3, H, W). Sec. 5, Table 6.
 
-    solver: "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler, with the coefficients
-    of equal steps although the steps are not equal (released code). A solver must not ask for the
-    velocity at t = 1: there x shows no noise any more, and the velocity is data less noise.
+    solver: "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler, with the
+    coefficients of equal steps although the steps are not equal (released code). A solver must not
+    ask for the velocity at t = 1: it is data less noise, and there x shows no noise any more.
     """
     assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
     if solver == "adams2" and v_before is not None:

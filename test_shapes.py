@@ -695,7 +695,8 @@ def test_going_back_to_a_kept_checkpoint_leaves_it_and_replaces_the_later_ones(t
 def test_processes_that_see_other_checkpoints_end_and_say_so_once(tmp_path):
     for folder, step in (("0", 8), ("1", 4)):
         os.makedirs(tmp_path / folder)
-        shutil.copyfile(join(trained("tokenizer"), f"step_{step}.pt"), tmp_path / folder / "last.pt")
+        kept = join(trained("tokenizer"), f"step_{step}.pt")
+        shutil.copyfile(kept, tmp_path / folder / "last.pt")
     program = tmp_path / "program.py"
     program.write_text("import os, sys, train_tokenizer\n"
                        "sys.argv[-1] += os.environ['RANK']\n"
