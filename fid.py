@@ -149,47 +149,47 @@ def resize(images, size=299):
     return F.interpolate(images, shape, mode="bilinear", align_corners=True)[..., :-1, :-1]
 
 
-class InceptionV3(nn.Module):
+class InceptionV3(nn.Sequential):
     """The Inception graph of 2015, under the module names of its public PyTorch conversion. Unlike
     torchvision's, average pools leave the padding out and the last block pools by maximum."""
 
     def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = conv(3, 32, *HALVE)
-        self.Conv2d_2a_3x3 = conv(32, 32, 3, 1, "valid")
-        self.Conv2d_2b_3x3 = conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = conv(80, 192, 3, 1, "valid")
-        self.Mixed_5b = mixed_35(192, 32)
-        self.Mixed_5c = mixed_35(256, 64)
-        self.Mixed_5d = mixed_35(288, 64)
-        self.Mixed_6a = Mixed(288, SHRINK, branch3x3=[(384, *HALVE)],
-                              branch3x3dbl=[(64, 1), (96, 3), (96, *HALVE)], branch_pool=[])
-        self.Mixed_6b = mixed_17(128)
-        self.Mixed_6c = mixed_17(160)
-        self.Mixed_6d = mixed_17(160)
-        self.Mixed_6e = mixed_17(192)
-        self.Mixed_7a = Mixed(768, SHRINK, branch3x3=[(192, 1), (320, *HALVE)],
-                              branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, *HALVE)],
-                              branch_pool=[])
-        self.Mixed_7b = MixedLast(1280, MEAN)
-        self.Mixed_7c = MixedLast(2048, nn.MaxPool2d(3, 1, 1))
-        self.fc = nn.Linear(2048, 1008)
+        super().__init__(OrderedDict(
+            Conv2d_1a_3x3=conv(3, 32, *HALVE),
+            Conv2d_2a_3x3=conv(32, 32, 3, 1, "valid"),
+            Conv2d_2b_3x3=conv(32, 64, 3),
+            pool1=SHRINK,
+            Conv2d_3b_1x1=conv(64, 80, 1),
+            Conv2d_4a_3x3=conv(80, 192, 3, 1, "valid"),
+            pool2=SHRINK,                                           # (B, 192, 35, 35)
+            Mixed_5b=mixed_35(192, 32),
+            Mixed_5c=mixed_35(256, 64),
+            Mixed_5d=mixed_35(288, 64),                             # (B, 288, 35, 35)
+            Mixed_6a=Mixed(288, SHRINK, branch3x3=[(384, *HALVE)],
+                           branch3x3dbl=[(64, 1), (96, 3), (96, *HALVE)], branch_pool=[]),
+            Mixed_6b=mixed_17(128),
+            Mixed_6c=mixed_17(160),
+            Mixed_6d=mixed_17(160),
+            Mixed_6e=mixed_17(192),                                 # (B, 768, 17, 17)
+            Mixed_7a=Mixed(768, SHRINK, branch3x3=[(192, 1), (320, *HALVE)],
+                           branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, *HALVE)],
+                           branch_pool=[]),                         # (B, 1280, 8, 8)
+            Mixed_7b=MixedLast(1280, MEAN),
+            Mixed_7c=MixedLast(2048, nn.MaxPool2d(3, 1, 1)),        # (B, 2048, 8, 8)
+            fc=nn.Linear(2048, 1008)))
         self.eval().requires_grad_(False)
 
     def forward(self, images):
         """images: uint8 (B, H, W, 3), any H and W. In float32, never in TF32."""
+        *layers, fc = self
+        x = (resize(images.permute(0, 3, 1, 2).float()) - 128) / 128     # (B, 3, 299, 299)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = (resize(images.permute(0, 3, 1, 2).float()) - 128) / 128  # (B, 3, 299, 299)
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
-            x = self.Mixed_5b(F.max_pool2d(x, 3, 2))                # (B, 256, 35, 35)
-            x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(x)))      # (B, 768, 17, 17)
-            x = self.Mixed_6c(self.Mixed_6b(x))
-            spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1)  # (B, 17, 17, 7)
-            x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))      # (B, 1280, 8, 8)
-            pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))     # (B, 2048)
-        probs = F.linear(pool, self.fc.weight).softmax(1)  # like ADM's, without the bias
+            for layer in layers:
+                if layer is self.Mixed_6d:
+                    spatial = layer.branch1x1(x)[:, :7].permute(0, 2, 3, 1)  # (B, 17, 17, 7)
+                x = layer(x)
+        pool = x.mean((2, 3))                                       # (B, 2048)
+        probs = F.linear(pool, fc.weight).softmax(1)  # like ADM's, without the bias
         return Features(pool, spatial.flatten(1), probs)
 
 
