@@ -25,7 +25,7 @@ import os
 import sys
 import time
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -284,22 +284,23 @@ def open_folder(path):
     if not all(name.lower().endswith((".png", ".bmp")) for name in names):
         print(f"warning: not all images in {path} are PNGs; compression changes figures")
 
+    sizes = set()
+
     def read(name):
         try:
             image = Image.open(os.path.join(path, name), formats=FORMATS)
             pixels = np.array(image)
         except Exception as error:  # Pillow raises many kinds
             raise Mistake(f"{path}/{name} cannot be read as an image ({error})") from None
-        if image.mode != "RGB":
-            raise Mistake(f"{path}/{name} is {image.mode}; images must be 8-bit RGB")
+        sizes.add(image.size)
+        if image.mode != "RGB" or len(sizes) > 1:
+            raise Mistake(f"{path}/{name} is {image.mode} {image.size}; images must be 8-bit RGB "
+                          "and of one size")
         return pixels
 
     def batches(size):
         for first in range(0, len(names), size):
-            images = [read(name) for name in names[first:first + size]]
-            if len({image.shape for image in images}) > 1:
-                raise Mistake(f"{path} holds images of several sizes")
-            yield np.stack(images)
+            yield np.stack([read(name) for name in names[first:first + size]])
 
     return Side(path, len(names), batches, {})
 
@@ -324,8 +325,8 @@ def open_npz(path):
         raise Mistake(f"{path}: arr_0 must be in version 1.0 of numpy's format, as savez writes it")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-        raise Mistake(f"{path}: arr_0 must be uint8 (N, H, W, 3) in C order; it is {dtype} {shape}, "
-                      f"Fortran order {fortran}")
+        raise Mistake(f"{path}: arr_0 must be uint8 (N, H, W, 3) in C order; it is {dtype} "
+                      f"{shape}, Fortran order {fortran}")
     start = member.tell()
 
     def batches(size):
@@ -338,13 +339,12 @@ def open_npz(path):
 
 # ---- The program ---------------------------------------------------------------------------------
 
-@torch.no_grad()
 def measure(network, side, batch, device, keep):
     """By name, the statistics of all images of a side (mu, sigma, mu_s, sigma_s), from sums in
     float64, and those of its features that `keep` names. Only these need memory an image."""
     kept = {name: [] for name in keep}
-    sums = {"": 0.0, "_s": 0.0}
-    products = {"": 0.0, "_s": 0.0}
+    sums = defaultdict(float)
+    products = defaultdict(float)
     for number, images in enumerate(side.batches(batch)):
         if number % 100 == 0:
             print(f"{side.path}: {number * batch:,} of {side.count:,} images", flush=True)
@@ -355,13 +355,13 @@ def measure(network, side, batch, device, keep):
             rows = rows.double()
             sums[suffix] += rows.sum(0)
             products[suffix] += rows.T @ rows
-    found = {name: torch.cat(parts) for name, parts in kept.items()}
+    measured = {name: torch.cat(parts) for name, parts in kept.items()}
     for suffix, total in sums.items():
         mean = total / side.count
         scatter = products[suffix] - torch.outer(mean, total)
-        found["mu" + suffix] = mean.cpu().numpy()
-        found["sigma" + suffix] = scatter.cpu().numpy() / (side.count - 1)
-    return found
+        measured["mu" + suffix] = mean.cpu().numpy()
+        measured["sigma" + suffix] = scatter.cpu().numpy() / (side.count - 1)
+    return measured
 
 
 def main(argv=None):
@@ -387,29 +387,24 @@ def main(argv=None):
         if side.count < 4:
             raise Mistake(f"{side.path} holds {side.count} images, but 4 are the least")
         if side.count != 50_000:
-            print(f"warning: {side.path} has {side.count:,} images; figures compare for 50,000 only"
-                  + ", and mean little below 2,048" * (side.count < 2048))
-    if samples.count < reference.count and not reference.statistics:
-        print(f"warning: fewer samples than reference images: is {samples.path} the REFERENCE?")
+            print(f"warning: {side.path} has {side.count:,} images; figures compare for 50,000 "
+                  "only, and mean little below 2,048")
 
     # Network, activations, statistics
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_inception(args.weights).to(device)
+    keep = [] if args.save_stats else ["pool", "probs"]
+    measured = [measure(network, side, args.batch, device, keep) for side in sides if side.count]
     if args.save_stats:
-        found = measure(network, reference, args.batch, device, ())
         with open(args.save_stats, "wb") as file:
-            np.savez(file, **found)
+            np.savez(file, **measured[0])
         print(args.save_stats)
         return {}
-    keep = ["probs"] + ["pool"] * bool(reference.count)
-    found = measure(network, samples, args.batch, device, keep)
-    expected = reference.statistics
-    if reference.count:
-        measured = measure(network, reference, args.batch, device, ["pool"])
-        expected = expected or measured
 
     # Distances
     figures = {}
+    found = measured[-1]
+    expected = reference.statistics or measured[0]
     for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if sigma in expected:
             figures[name] = frechet_distance(expected[mu], expected[sigma], found[mu], found[sigma])
@@ -418,7 +413,7 @@ def main(argv=None):
     figures["inception_score"], figures["inception_score_std"] = inception_score(found["probs"])
     if reference.count:
         figures["precision"], figures["recall"] = precision_recall(
-            measured["pool"], found["pool"])
+            measured[0]["pool"], found["pool"])
     else:
         print("no precision and recall: the reference has no images")
     for name, value in figures.items():

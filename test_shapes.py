@@ -1227,8 +1227,7 @@ def test_figures_of_files_are_those_of_the_functions(tmp_path):
         assert np.allclose([*figures.values()], expected, rtol=1e-6)
         assert all(text in said for text in texts), said
         return [*figures]
-    assert check(reference, expected, "has 30 images; figures compare for 50,000",
-                 f"is {samples} the REFERENCE?") == [
+    assert check(reference, expected, "has 30 images; figures compare for 50,000") == [
         "fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"]
     # Statistics in place of images; statistics beside other images, as in ADM's files
     tiny_fid(reference, "--save-stats", stats)
@@ -1266,7 +1265,7 @@ def test_hostile_files_and_mistakes_of_evaluation_are_named(tmp_path):
     raises(Mistake, "the order is REFERENCE SAMPLES", tiny_fid, good, stats)
     folder = save_images(tmp_path / "x", x)
     for text, image in (("odd.png is L", Image.new("L", (10, 12))),
-                        ("images of several sizes", Image.new("RGB", (11, 12)))):
+                        ("8-bit RGB and of one size", Image.new("RGB", (11, 12)))):
         image.save(join(folder, "odd.png"))
         raises(Mistake, text, tiny_fid, folder, folder)
     Path(folder, "odd.png").write_text("%!PS-Adobe EPSF")  # would start Ghostscript
