@@ -67,79 +67,6 @@ def run(main):
 
 # ---- The network ---------------------------------------------------------------------------------
 
-def conv(inner, outer, kernel, stride=1, padding="same"):
-    """Convolution, batch normalisation, ReLU."""
-    return nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(inner, outer, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(outer, eps=1e-3),
-        relu=nn.ReLU(inplace=True)))
-
-
-class Mixed(nn.Module):
-    """An Inception block: branches side by side, their outputs joined along channels.
-
-    A branch is convolutions in sequence, each (width, kernel[, stride, padding]). The branch named
-    branch_pool begins at the pooled input, the others at the input.
-    """
-
-    def __init__(self, inner, pool, **branches):
-        super().__init__()
-        self.branches = []  # a plain list: its convolutions are modules under names of their own
-        for branch, layers in branches.items():
-            sequence = nn.Sequential()
-            if branch == "branch_pool":
-                sequence.append(pool)
-            width = inner
-            for i, (outer, *shape) in enumerate(layers, 1):
-                layer = conv(width, outer, *shape)
-                self.add_module(branch if len(layers) == 1 else f"{branch}_{i}", layer)
-                sequence.append(layer)
-                width = outer
-            self.branches.append(sequence)
-
-    def forward(self, x):
-        return torch.cat([branch(x) for branch in self.branches], 1)
-
-
-class MixedLast(nn.Module):
-    """Mixed_7b and 7c: two branches end in two convolutions side by side, a row and a column."""
-
-    def __init__(self, inner, pool):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = conv(inner, 320, 1)
-        self.branch3x3_1 = conv(inner, 384, 1)
-        self.branch3x3_2a = conv(384, 384, (1, 3))
-        self.branch3x3_2b = conv(384, 384, (3, 1))
-        self.branch3x3dbl_1 = conv(inner, 448, 1)
-        self.branch3x3dbl_2 = conv(448, 384, 3)
-        self.branch3x3dbl_3a = conv(384, 384, (1, 3))
-        self.branch3x3dbl_3b = conv(384, 384, (3, 1))
-        self.branch_pool = conv(inner, 192, 1)
-
-    def forward(self, x):
-        y = self.branch3x3_1(x)
-        z = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([
-            self.branch1x1(x), self.branch3x3_2a(y), self.branch3x3_2b(y),
-            self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z), self.branch_pool(self.pool(x))], 1)
-
-
-MEAN, SHRINK = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 2)
-ROW, COLUMN, HALVE = (1, 7), (7, 1), (3, 2, "valid")  # kernels; kernel, stride, padding
-
-
-def mixed_35(inner, pooled):
-    return Mixed(inner, MEAN, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
-
-
-def mixed_17(w):
-    return Mixed(768, MEAN, branch1x1=[(192, 1)], branch7x7=[(w, 1), (w, ROW), (192, COLUMN)],
-                 branch7x7dbl=[(w, 1), (w, COLUMN), (w, ROW), (w, COLUMN), (192, ROW)],
-                 branch_pool=[(192, 1)])
-
-
 def resize(images, size=299):
     """(B, C, size, size) of images (B, C, H, W) float32 by TensorFlow 1's bilinear rule: pixel i
     comes from i * H / size, without half-pixel offset or antialias."""
@@ -150,44 +77,29 @@ def resize(images, size=299):
 
 
 class InceptionV3(nn.Sequential):
-    """The Inception graph of 2015, under the module names of its public PyTorch conversion. Unlike
-    torchvision's, average pools leave the padding out and the last block pools by maximum."""
+    """The Inception graph of 2015: torchvision's layers, whose names its public conversion has. But
+    average pools leave the padding out, and the last block pools by maximum."""
 
     def __init__(self):
-        super().__init__(OrderedDict(
-            Conv2d_1a_3x3=conv(3, 32, *HALVE),
-            Conv2d_2a_3x3=conv(32, 32, 3, 1, "valid"),
-            Conv2d_2b_3x3=conv(32, 64, 3),
-            pool1=SHRINK,
-            Conv2d_3b_1x1=conv(64, 80, 1),
-            Conv2d_4a_3x3=conv(80, 192, 3, 1, "valid"),
-            pool2=SHRINK,                                           # (B, 192, 35, 35)
-            Mixed_5b=mixed_35(192, 32),
-            Mixed_5c=mixed_35(256, 64),
-            Mixed_5d=mixed_35(288, 64),                             # (B, 288, 35, 35)
-            Mixed_6a=Mixed(288, SHRINK, branch3x3=[(384, *HALVE)],
-                           branch3x3dbl=[(64, 1), (96, 3), (96, *HALVE)], branch_pool=[]),
-            Mixed_6b=mixed_17(128),
-            Mixed_6c=mixed_17(160),
-            Mixed_6d=mixed_17(160),
-            Mixed_6e=mixed_17(192),                                 # (B, 768, 17, 17)
-            Mixed_7a=Mixed(768, SHRINK, branch3x3=[(192, 1), (320, *HALVE)],
-                           branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, *HALVE)],
-                           branch_pool=[]),                         # (B, 1280, 8, 8)
-            Mixed_7b=MixedLast(1280, MEAN),
-            Mixed_7c=MixedLast(2048, nn.MaxPool2d(3, 1, 1)),        # (B, 2048, 8, 8)
-            fc=nn.Linear(2048, 1008)))
+        from torchvision.models import Inception3
+        network = Inception3(1008, aux_logits=False, init_weights=False)
+        super().__init__(OrderedDict(network.named_children()))
         self.eval().requires_grad_(False)
 
     def forward(self, images):
         """images: uint8 (B, H, W, 3), any H and W. In float32, never in TF32."""
-        *layers, fc = self
+        *layers, avgpool, dropout, fc = self
+        mean = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
         x = (resize(images.permute(0, 3, 1, 2).float()) - 128) / 128     # (B, 3, 299, 299)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for layer in layers:
-                if layer is self.Mixed_6d:
-                    spatial = layer.branch1x1(x)[:, :7].permute(0, 2, 3, 1)  # (B, 17, 17, 7)
-                x = layer(x)
+                before, x = x, layer(x)
+                if hasattr(layer, "branch_pool"):  # its channels come last
+                    pool = nn.MaxPool2d(3, 1, 1) if layer is self.Mixed_7c else mean
+                    pooled = layer.branch_pool(pool(before))
+                    x[:, -pooled.shape[1]:] = pooled
+                if layer is self.Mixed_6d:  # those of its first branch, 1 x 1, come first
+                    spatial = x[:, :7].permute(0, 2, 3, 1)          # (B, 17, 17, 7)
         pool = x.mean((2, 3))                                       # (B, 2048)
         probs = F.linear(pool, fc.weight).softmax(1)  # like ADM's, without the bias
         return Features(pool, spatial.flatten(1), probs)
