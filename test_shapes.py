@@ -1227,7 +1227,8 @@ def test_figures_of_files_are_those_of_the_functions(tmp_path):
         assert np.allclose([*figures.values()], expected, rtol=1e-6)
         assert all(text in said for text in texts), said
         return [*figures]
-    assert check(reference, expected, "has 30 images; figures compare for 50,000") == [
+    assert check(reference, expected, "has 30 images; figures compare for 50,000",
+                 f"is {samples} the REFERENCE?") == [
         "fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"]
     # Statistics in place of images; statistics beside other images, as in ADM's files
     tiny_fid(reference, "--save-stats", stats)
