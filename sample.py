@@ -361,17 +361,17 @@ SHARES = {"ema", "beta1", "beta2", "dropout", "class_dropout"}  # below 1
 
 
 def check(config):
-    """Raises a Mistake where a number of a dataclass is not finite, negative, or a count of 0
-    without a meaning."""
+    """Raises a Mistake where a number of a dataclass is not finite, negative, a count of 0 without
+    a meaning, or no share where it should be one."""
     for field in fields(config):
-        value = getattr(config, field.name)
-        flag = "--" + field.name.replace("_", "-")
         if field.type in (int, float):
-            zero = field.type is float or field.default == 0 or field.name in MAY_BE_ZERO
-            if not (0 < value < math.inf or zero and value == 0):
-                raise Mistake(f"{flag} must be {'0 or ' * zero}a positive number, got {value}")
-            if field.name in SHARES and value >= 1:
-                raise Mistake(f"{flag} must be below 1, got {value}")
+            value = getattr(config, field.name)
+            counts = field.type is int and field.default != 0 and field.name not in MAY_BE_ZERO
+            least = 1 if counts else 0
+            limit = 1 if field.name in SHARES else math.inf
+            if not least <= value < limit:
+                raise Mistake(f"--{field.name.replace('_', '-')} must be at least {least} and below "
+                              f"{limit}, got {value}")
 
 
 def parse(presets, argv, text):

@@ -1076,9 +1076,9 @@ def test_mistakes_get_one_clear_line(tmp_path):
             (train_tokenizer, "num_tokens must be at most max_tokens", "--num-tokens 2048"),
             (train_tokenizer, "decoder_width must divide by head_dim", "--decoder-width 100"),
             (train_tokenizer, "head_dim must divide by 4", "--head-dim 6"),
-            (train_tokenizer, "--lr must be 0 or a positive number, got nan", "--lr nan"),
-            (train_tokenizer, "--batch must be a positive number, got 0", "--batch 0"),
-            (train_ar, "--ema must be below 1", "--ema 1")):
+            (train_tokenizer, "--lr must be at least 0 and below inf, got nan", "--lr nan"),
+            (train_tokenizer, "--batch must be at least 1 and below inf, got 0", "--batch 0"),
+            (train_ar, "--ema must be at least 0 and below 1, got 1", "--ema 1")):
         with contextlib.redirect_stderr(io.StringIO()) as said:
             raises(SystemExit, "2", program.main, flags.split())
         assert text in said.getvalue(), said.getvalue()
