@@ -26,7 +26,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from itertools import cycle, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class SampleConfig:
     """What to draw, and how."""
     # Models
     ckpt: str = "out/ar/last.pt"   # checkpoint of train_ar.py, or one of the authors' files
-    tokenizer: str = ""            # its tokenizer, for files that do not carry one
+    tokenizer: str = ""            # its tokenizer, else that which the file carries
     # Images
     labels: str = ""               # class numbers or names, a,b,c; else all
     num_images: int = 0            # else 100; to reconstruct, all; to stream or keep, one a label
@@ -283,7 +283,7 @@ def labels_of(config, classes):
     if single and not config.labels:
         labels = labels[:10]
     total = config.num_images or (len(labels) if single else 100)
-    labels = [*islice(cycle(labels), total)]
+    labels = np.resize(labels, total).tolist()  # in turn
     if config.npz:
         np.random.default_rng(seed_of(config.seed, "labels")).shuffle(labels)
     return labels
@@ -492,11 +492,6 @@ def from_uint8(pixels):
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3) / 127.5 - 1
 
 
-def spread(count, total):
-    """Up to `count` of `total` numbers, always the same ones, from all over the list."""
-    return sorted(np.random.default_rng(0).permutation(total)[:count].tolist())
-
-
 def psnr(decoded, images):
     """Mean peak signal-to-noise ratio in dB of decoded images (B, 3, H, W) in [-1, 1], clipped."""
     error = (decoded.clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4       # pixels in [0, 1]
@@ -540,32 +535,28 @@ class ReleasedConfig:
 def load_checkpoint(path, kind):
     """The dict in a checkpoint of kind "tokenizer" or "ar", ours or the authors' translated; of a
     tokenizer also that which one of kind "ar" carries. Nothing is unpickled but tensors, plain data
-    and the authors' two classes of settings. Raises Mistake."""
-    if not os.path.isfile(path):
-        raise Mistake(f"no checkpoint at {path}")
+    and the authors' two classes of settings. Raises Mistake, or OSError."""
     allowed = [argparse.Namespace, (ReleasedConfig, "config_util.Config")]
     try:
         with torch.serialization.safe_globals(allowed):
             saved = torch.load(path, "cpu", weights_only=True, mmap=True)
         saved = saved if "kind" in saved else translate(saved)
-    except OSError:  # no permission, say
+    except OSError:  # no such file, no permission
         raise
     except Exception:  # torch raises many kinds
         raise Mistake(f"{path} is no checkpoint of this code or the authors': damaged, of another "
                       "format, or with objects in it that are not tensors") from None
-    if kind == "tokenizer" and saved["kind"] == "ar":
-        if "tokenizer" not in saved:
-            raise Mistake(f"{path} carries no tokenizer; give --tokenizer FILE")
-        saved = saved["tokenizer"]
+    saved = saved.get(kind, saved)  # of kind "ar" may carry a "tokenizer"
     if saved["kind"] != kind:
-        raise Mistake(f"{path} is a checkpoint of kind {saved['kind']!r}, {kind!r} is needed")
+        raise Mistake(f"{path} is a checkpoint of kind {saved['kind']!r}, {kind!r} is needed; for a "
+                      "tokenizer, give --tokenizer FILE")
     return saved
 
 
-def build(model_class, config_class, settings, saved, device):
+def build(model_class, config_class, saved, device):
     """The model in a checkpoint's dict, with averaged weights if there are any, in eval mode."""
     try:
-        config = config_class(**settings)
+        config = config_class(**saved["config"])
     except TypeError as error:
         raise Mistake(f"a checkpoint of another version of this code ({error})") from None
     with torch.device("meta"):
@@ -582,8 +573,8 @@ def load_tokenizer(path, device="cpu"):
     """The tokenizer in a checkpoint of train_tokenizer.py or train_ar.py, or in one of the authors'
     files (D-AR-tokenizer_v1.pt). Raises Mistake, or OSError."""
     saved = load_checkpoint(path, "tokenizer")
-    settings = {**saved["config"], "repa_depth": 0}
-    return build(Tokenizer, TokenizerConfig, settings, saved, device)
+    saved["config"]["repa_depth"] = 0
+    return build(Tokenizer, TokenizerConfig, saved, device)
 
 
 def load_ar(path, device="cpu", num_tokens=256):
@@ -591,8 +582,8 @@ def load_ar(path, device="cpu", num_tokens=256):
     D-AR-XL-360K.pt, bare state dicts), which do not tell `num_tokens`. Raises Mistake, or OSError.
     """
     saved = load_checkpoint(path, "ar")
-    settings = {"num_tokens": num_tokens, **saved["config"]}
-    return build(AR, ARConfig, settings, saved, device)
+    saved["config"].setdefault("num_tokens", num_tokens)
+    return build(AR, ARConfig, saved, device)
 
 
 def pack(kind, model):
@@ -710,6 +701,11 @@ def seed_of(*key):
 def seeded(*key, device="cpu"):
     """A random generator that is a function of the key."""
     return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+def spread(count, total):
+    """Up to `count` of `total` numbers, always the same ones, from all over the list."""
+    return sorted(np.random.default_rng(0).permutation(total)[:count].tolist())
 
 
 def draw_noise(key, numbers, size, device):
