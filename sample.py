@@ -157,12 +157,13 @@ class Pipeline:
 # ---- The modes -----------------------------------------------------------------------------------
 
 def draw_grid(pipeline):
-    """A picture of samples, of up to ten classes a column each."""
-    count, classes = len(pipeline.labels), len(set(pipeline.labels))
-    numbers = torch.tensor(pipeline.padded(range(count))).split(pipeline.batch)
-    images = torch.cat([pipeline.images(part.tolist()) for part in numbers])[:count]
+    """A picture of samples; few classes have a column each."""
+    count, size = len(pipeline.labels), pipeline.batch
+    numbers = pipeline.padded(range(count))
+    images = [pipeline.images(numbers[i:i + size]) for i in range(0, count, size)]
+    classes = len(set(pipeline.labels))
     columns = min(classes if classes > 1 else count, 10)
-    save_picture(pipeline.config.out, image_grid(images, columns))
+    save_picture(pipeline.config.out, image_grid(torch.cat(images)[:count], columns))
 
 
 def draw_stream(pipeline):
