@@ -371,8 +371,8 @@ def check(config):
             least = 1 if counts else 0
             limit = 1 if field.name in SHARES else math.inf
             if not least <= value < limit:
-                raise Mistake(f"--{field.name.replace('_', '-')} must be at least {least} and below "
-                              f"{limit}, got {value}")
+                raise Mistake(f"--{field.name.replace('_', '-')} must be at least {least} and "
+                              f"below {limit}, got {value}")
 
 
 def parse(presets, argv, text):
@@ -549,8 +549,8 @@ def load_checkpoint(path, kind):
                       "format, or with objects in it that are not tensors") from None
     saved = saved.get(kind, saved)  # of kind "ar" may carry a "tokenizer"
     if saved["kind"] != kind:
-        raise Mistake(f"{path} is a checkpoint of kind {saved['kind']!r}, {kind!r} is needed; for a "
-                      "tokenizer, give --tokenizer FILE")
+        raise Mistake(f"{path} is a checkpoint of kind {saved['kind']!r}, {kind!r} is needed; for "
+                      "a tokenizer, give --tokenizer FILE")
     return saved
 
 
