@@ -25,7 +25,7 @@ import os
 import sys
 import time
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -67,79 +67,6 @@ def run(main):
 
 # ---- The network ---------------------------------------------------------------------------------
 
-def conv(inner, outer, kernel, stride=1, padding="same"):
-    """Convolution, batch normalisation, ReLU."""
-    return nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(inner, outer, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(outer, eps=1e-3),
-        relu=nn.ReLU(inplace=True)))
-
-
-class Mixed(nn.Module):
-    """An Inception block: branches side by side, their outputs joined along channels.
-
-    A branch is convolutions in sequence, each (width, kernel[, stride, padding]). The branch named
-    branch_pool begins at the pooled input, the others at the input.
-    """
-
-    def __init__(self, inner, pool, **branches):
-        super().__init__()
-        self.branches = []  # a plain list: its convolutions are modules under names of their own
-        for branch, layers in branches.items():
-            sequence = nn.Sequential()
-            if branch == "branch_pool":
-                sequence.append(pool)
-            width = inner
-            for i, (outer, *shape) in enumerate(layers, 1):
-                layer = conv(width, outer, *shape)
-                self.add_module(branch if len(layers) == 1 else f"{branch}_{i}", layer)
-                sequence.append(layer)
-                width = outer
-            self.branches.append(sequence)
-
-    def forward(self, x):
-        return torch.cat([branch(x) for branch in self.branches], 1)
-
-
-class MixedLast(nn.Module):
-    """Mixed_7b and 7c: two branches end in two convolutions side by side, a row and a column."""
-
-    def __init__(self, inner, pool):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = conv(inner, 320, 1)
-        self.branch3x3_1 = conv(inner, 384, 1)
-        self.branch3x3_2a = conv(384, 384, (1, 3))
-        self.branch3x3_2b = conv(384, 384, (3, 1))
-        self.branch3x3dbl_1 = conv(inner, 448, 1)
-        self.branch3x3dbl_2 = conv(448, 384, 3)
-        self.branch3x3dbl_3a = conv(384, 384, (1, 3))
-        self.branch3x3dbl_3b = conv(384, 384, (3, 1))
-        self.branch_pool = conv(inner, 192, 1)
-
-    def forward(self, x):
-        y = self.branch3x3_1(x)
-        z = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([
-            self.branch1x1(x), self.branch3x3_2a(y), self.branch3x3_2b(y),
-            self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z), self.branch_pool(self.pool(x))], 1)
-
-
-MEAN, SHRINK = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 2)
-ROW, COLUMN, HALVE = (1, 7), (7, 1), (3, 2, "valid")  # kernels; kernel, stride, padding
-
-
-def mixed_35(inner, pooled):
-    return Mixed(inner, MEAN, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
-
-
-def mixed_17(w):
-    return Mixed(768, MEAN, branch1x1=[(192, 1)], branch7x7=[(w, 1), (w, ROW), (192, COLUMN)],
-                 branch7x7dbl=[(w, 1), (w, COLUMN), (w, ROW), (w, COLUMN), (192, ROW)],
-                 branch_pool=[(192, 1)])
-
-
 def resize(images, size=299):
     """(B, C, size, size) of images (B, C, H, W) float32 by TensorFlow 1's bilinear rule: pixel i
     comes from i * H / size, without half-pixel offset or antialias."""
@@ -149,47 +76,32 @@ def resize(images, size=299):
     return F.interpolate(images, shape, mode="bilinear", align_corners=True)[..., :-1, :-1]
 
 
-class InceptionV3(nn.Module):
-    """The Inception graph of 2015, under the module names of its public PyTorch conversion. Unlike
-    torchvision's, average pools leave the padding out and the last block pools by maximum."""
+class InceptionV3(nn.Sequential):
+    """The Inception graph of 2015: torchvision's layers, whose names its public conversion has. But
+    average pools leave the padding out, and the last block pools by maximum."""
 
     def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = conv(3, 32, *HALVE)
-        self.Conv2d_2a_3x3 = conv(32, 32, 3, 1, "valid")
-        self.Conv2d_2b_3x3 = conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = conv(80, 192, 3, 1, "valid")
-        self.Mixed_5b = mixed_35(192, 32)
-        self.Mixed_5c = mixed_35(256, 64)
-        self.Mixed_5d = mixed_35(288, 64)
-        self.Mixed_6a = Mixed(288, SHRINK, branch3x3=[(384, *HALVE)],
-                              branch3x3dbl=[(64, 1), (96, 3), (96, *HALVE)], branch_pool=[])
-        self.Mixed_6b = mixed_17(128)
-        self.Mixed_6c = mixed_17(160)
-        self.Mixed_6d = mixed_17(160)
-        self.Mixed_6e = mixed_17(192)
-        self.Mixed_7a = Mixed(768, SHRINK, branch3x3=[(192, 1), (320, *HALVE)],
-                              branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, *HALVE)],
-                              branch_pool=[])
-        self.Mixed_7b = MixedLast(1280, MEAN)
-        self.Mixed_7c = MixedLast(2048, nn.MaxPool2d(3, 1, 1))
-        self.fc = nn.Linear(2048, 1008)
+        from torchvision.models import Inception3
+        network = Inception3(1008, aux_logits=False, init_weights=False)
+        super().__init__(OrderedDict(network.named_children()))
         self.eval().requires_grad_(False)
 
     def forward(self, images):
         """images: uint8 (B, H, W, 3), any H and W. In float32, never in TF32."""
+        *layers, avgpool, dropout, fc = self
+        mean = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        x = (resize(images.permute(0, 3, 1, 2).float()) - 128) / 128     # (B, 3, 299, 299)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = (resize(images.permute(0, 3, 1, 2).float()) - 128) / 128  # (B, 3, 299, 299)
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
-            x = self.Mixed_5b(F.max_pool2d(x, 3, 2))                # (B, 256, 35, 35)
-            x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(x)))      # (B, 768, 17, 17)
-            x = self.Mixed_6c(self.Mixed_6b(x))
-            spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1)  # (B, 17, 17, 7)
-            x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))      # (B, 1280, 8, 8)
-            pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))     # (B, 2048)
-        probs = F.linear(pool, self.fc.weight).softmax(1)  # like ADM's, without the bias
+            for layer in layers:
+                before, x = x, layer(x)
+                if hasattr(layer, "branch_pool"):  # its channels come last
+                    pool = nn.MaxPool2d(3, 1, 1) if layer is self.Mixed_7c else mean
+                    pooled = layer.branch_pool(pool(before))
+                    x[:, -pooled.shape[1]:] = pooled
+                if layer is self.Mixed_6d:  # those of its first branch, 1 x 1, come first
+                    spatial = x[:, :7].permute(0, 2, 3, 1)          # (B, 17, 17, 7)
+        pool = x.mean((2, 3))                                       # (B, 2048)
+        probs = F.linear(pool, fc.weight).softmax(1)  # like ADM's, without the bias
         return Features(pool, spatial.flatten(1), probs)
 
 
@@ -284,22 +196,23 @@ def open_folder(path):
     if not all(name.lower().endswith((".png", ".bmp")) for name in names):
         print(f"warning: not all images in {path} are PNGs; compression changes figures")
 
+    sizes = set()
+
     def read(name):
         try:
             image = Image.open(os.path.join(path, name), formats=FORMATS)
             pixels = np.array(image)
         except Exception as error:  # Pillow raises many kinds
             raise Mistake(f"{path}/{name} cannot be read as an image ({error})") from None
-        if image.mode != "RGB":
-            raise Mistake(f"{path}/{name} is {image.mode}; images must be 8-bit RGB")
+        sizes.add(image.size)
+        if image.mode != "RGB" or len(sizes) > 1:
+            raise Mistake(f"{path}/{name} is {image.mode} {image.size}; images must be 8-bit RGB "
+                          "and of one size")
         return pixels
 
     def batches(size):
         for first in range(0, len(names), size):
-            images = [read(name) for name in names[first:first + size]]
-            if len({image.shape for image in images}) > 1:
-                raise Mistake(f"{path} holds images of several sizes")
-            yield np.stack(images)
+            yield np.stack([read(name) for name in names[first:first + size]])
 
     return Side(path, len(names), batches, {})
 
@@ -324,8 +237,8 @@ def open_npz(path):
         raise Mistake(f"{path}: arr_0 must be in version 1.0 of numpy's format, as savez writes it")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-        raise Mistake(f"{path}: arr_0 must be uint8 (N, H, W, 3) in C order; it is {dtype} {shape}, "
-                      f"Fortran order {fortran}")
+        raise Mistake(f"{path}: arr_0 must be uint8 (N, H, W, 3) in C order; it is {dtype} "
+                      f"{shape}, Fortran order {fortran}")
     start = member.tell()
 
     def batches(size):
@@ -338,13 +251,12 @@ def open_npz(path):
 
 # ---- The program ---------------------------------------------------------------------------------
 
-@torch.no_grad()
 def measure(network, side, batch, device, keep):
     """By name, the statistics of all images of a side (mu, sigma, mu_s, sigma_s), from sums in
     float64, and those of its features that `keep` names. Only these need memory an image."""
     kept = {name: [] for name in keep}
-    sums = {"": 0.0, "_s": 0.0}
-    products = {"": 0.0, "_s": 0.0}
+    sums = defaultdict(float)
+    products = defaultdict(float)
     for number, images in enumerate(side.batches(batch)):
         if number % 100 == 0:
             print(f"{side.path}: {number * batch:,} of {side.count:,} images", flush=True)
@@ -355,13 +267,13 @@ def measure(network, side, batch, device, keep):
             rows = rows.double()
             sums[suffix] += rows.sum(0)
             products[suffix] += rows.T @ rows
-    found = {name: torch.cat(parts) for name, parts in kept.items()}
+    measured = {name: torch.cat(parts) for name, parts in kept.items()}
     for suffix, total in sums.items():
         mean = total / side.count
         scatter = products[suffix] - torch.outer(mean, total)
-        found["mu" + suffix] = mean.cpu().numpy()
-        found["sigma" + suffix] = scatter.cpu().numpy() / (side.count - 1)
-    return found
+        measured["mu" + suffix] = mean.cpu().numpy()
+        measured["sigma" + suffix] = scatter.cpu().numpy() / (side.count - 1)
+    return measured
 
 
 def main(argv=None):
@@ -387,29 +299,26 @@ def main(argv=None):
         if side.count < 4:
             raise Mistake(f"{side.path} holds {side.count} images, but 4 are the least")
         if side.count != 50_000:
-            print(f"warning: {side.path} has {side.count:,} images; figures compare for 50,000 only"
-                  + ", and mean little below 2,048" * (side.count < 2048))
+            print(f"warning: {side.path} has {side.count:,} images; figures compare for 50,000 "
+                  "only, and mean little below 2,048")
     if samples.count < reference.count and not reference.statistics:
         print(f"warning: fewer samples than reference images: is {samples.path} the REFERENCE?")
 
     # Network, activations, statistics
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_inception(args.weights).to(device)
+    keep = [] if args.save_stats else ["pool", "probs"]
+    measured = [measure(network, side, args.batch, device, keep) for side in sides if side.count]
     if args.save_stats:
-        found = measure(network, reference, args.batch, device, ())
         with open(args.save_stats, "wb") as file:
-            np.savez(file, **found)
+            np.savez(file, **measured[0])
         print(args.save_stats)
         return {}
-    keep = ["probs"] + ["pool"] * bool(reference.count)
-    found = measure(network, samples, args.batch, device, keep)
-    expected = reference.statistics
-    if reference.count:
-        measured = measure(network, reference, args.batch, device, ["pool"])
-        expected = expected or measured
 
     # Distances
     figures = {}
+    found = measured[-1]
+    expected = reference.statistics or measured[0]
     for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if sigma in expected:
             figures[name] = frechet_distance(expected[mu], expected[sigma], found[mu], found[sigma])
@@ -418,7 +327,7 @@ def main(argv=None):
     figures["inception_score"], figures["inception_score_std"] = inception_score(found["probs"])
     if reference.count:
         figures["precision"], figures["recall"] = precision_recall(
-            measured["pool"], found["pool"])
+            measured[0]["pool"], found["pool"])
     else:
         print("no precision and recall: the reference has no images")
     for name, value in figures.items():

@@ -26,7 +26,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from itertools import cycle, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from fid import FORMATS, Mistake, find_images, run
+from fid import FORMATS, Mistake, find_images, open_npz, run
 from model_ar import AR, ARConfig, RecordedStep
 from model_tokenizer import SOLVERS, TOKENIZERS, Tokenizer, TokenizerConfig
 
@@ -45,7 +45,7 @@ class SampleConfig:
     """What to draw, and how."""
     # Models
     ckpt: str = "out/ar/last.pt"   # checkpoint of train_ar.py, or one of the authors' files
-    tokenizer: str = ""            # its tokenizer, for files that do not carry one
+    tokenizer: str = ""            # its tokenizer, else that which the file carries
     # Images
     labels: str = ""               # class numbers or names, a,b,c; else all
     num_images: int = 0            # else 100; to reconstruct, all; to stream or keep, one a label
@@ -85,31 +85,40 @@ class Pipeline:
     config: SampleConfig
     ar: AR | None
     tokenizer: Tokenizer
-    cfg: tuple | None   # guidance at the first and at the last token
     labels: list        # of all images, or their files
-    batch: int
     device: torch.device
 
     def __post_init__(self):
-        settings, tokens = self.tokenizer.config, self.config.tokens
-        self.groups = tokens // settings.group_size or settings.num_groups
-        if tokens % settings.group_size or tokens > settings.num_tokens:
+        config, settings = self.config, self.tokenizer.config
+        self.groups = config.tokens // settings.group_size or settings.num_groups
+        if config.tokens % settings.group_size or config.tokens > settings.num_tokens:
             raise Mistake(f"--tokens must be a multiple of {settings.group_size}, and at most "
                           f"{settings.num_tokens}")
+        self.batch = len(self.labels)
+        if not (config.stream or config.prefix):
+            self.batch = min(self.batch, config.batch)
         for part in (self.tokenizer.decoder, self.tokenizer.diffusion):
             part.forward = autocast(self.device)(part.forward)
         on_cuda = self.device.type == "cuda"
         if self.ar is not None:
-            self.ar.to(torch.bfloat16 if on_cuda else torch.float32)
+            if on_cuda:
+                self.ar.bfloat16()
+            self.cfg = parse_cfg(config.cfg)  # guidance at the first and at the last token
             self.cache = self.ar.new_cache(self.batch if self.cfg is None else 2 * self.batch)
             self.recorded = RecordedStep() if on_cuda else None
-        if on_cuda and self.config.compile and len(self.labels) >= 1000:
+        if on_cuda and config.compile and len(self.labels) >= 1000:
             for model in filter(None, (self.ar, self.tokenizer)):
                 compile_blocks(model)
 
     def padded(self, numbers):
-        """Numbers for a whole batch: the last one is repeated, so that all have one shape."""
-        return list(numbers) + [numbers[-1]] * (self.batch - len(numbers))
+        """Numbers for whole batches: the last one is repeated, so that all have one shape."""
+        return list(numbers) + [numbers[-1]] * (-len(numbers) % self.batch)
+
+    def read(self, paths):
+        """Images of files, centre-cropped."""
+        size = self.tokenizer.config.image_size
+        crops = [center_crop(read_image(path), size) for path in paths]
+        return torch.stack([to_tensor(crop) for crop in crops]).to(self.device)
 
     def noise(self, numbers):
         """The starting points (B, 3, H, W) of images."""
@@ -119,13 +128,13 @@ class Pipeline:
     def token_groups(self, numbers, prefix=None):
         """Yields tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
         config = self.config
-        generators = [seeded(config.seed, "tokens", i) for i in numbers]
-        uniforms = [torch.rand(self.ar.config.num_tokens, generator=g) for g in generators]
+        uniforms = torch.stack([
+            torch.rand(self.ar.config.num_tokens, generator=seeded(config.seed, "tokens", i))
+            for i in numbers])
         labels = torch.tensor([self.labels[i] for i in numbers], device=self.device)
         groups = self.ar.stream(
             labels, self.cfg, prefix, config.temperature, config.top_k, config.top_p,
-            torch.stack(uniforms).to(self.device), self.tokenizer.config.group_size, self.cache,
-            self.recorded)
+            uniforms.to(self.device), self.tokenizer.config.group_size, self.cache, self.recorded)
         return islice(groups, self.groups)
 
     def decode(self, numbers, tokens):
@@ -135,10 +144,9 @@ class Pipeline:
             tokens, self.noise(numbers), config.steps, config.solver, self.groups)
 
     def images(self, numbers, prefix=None):
-        """Images of up to a batch of numbers, after a prefix (B, n) of a whole one."""
-        padded = self.padded(numbers)
-        tokens = torch.cat(list(self.token_groups(padded, prefix)), 1)  # (B, n)
-        return self.decode(padded, tokens)[:len(numbers)]
+        """Images of a whole batch of numbers, after a prefix (B, n)."""
+        tokens = torch.cat(list(self.token_groups(numbers, prefix)), 1)  # (B, n)
+        return self.decode(numbers, tokens)
 
     def previews(self, numbers):
         """Yields images after each group of tokens of a whole batch, as soon as they are drawn."""
@@ -148,11 +156,14 @@ class Pipeline:
 
 # ---- The modes -----------------------------------------------------------------------------------
 
-def draw_grid(pipeline, columns):
-    """A picture of samples."""
-    numbers = torch.arange(len(pipeline.labels)).split(pipeline.batch)
-    images = torch.cat([pipeline.images(part.tolist()) for part in numbers])
-    save_picture(pipeline.config.out, image_grid(images, columns))
+def draw_grid(pipeline):
+    """A picture of samples; few classes have a column each."""
+    count, size = len(pipeline.labels), pipeline.batch
+    numbers = pipeline.padded(range(count))
+    images = [pipeline.images(numbers[i:i + size]) for i in range(0, count, size)]
+    classes = len(set(pipeline.labels))
+    columns = min(classes if classes > 1 else count, 10)
+    save_picture(pipeline.config.out, image_grid(torch.cat(images)[:count], columns))
 
 
 def draw_stream(pipeline):
@@ -174,10 +185,9 @@ def draw_stream(pipeline):
 def draw_layouts(pipeline):
     """Layout control: the first tokens of the image `--prefix`, in the first column, are kept, a
     number of them for each row; the others are drawn, for one label a column."""
-    config, tokenizer = pipeline.config, pipeline.tokenizer
-    photo = to_tensor(center_crop(read_image(config.prefix), tokenizer.config.image_size))
-    photo = photo[None].to(pipeline.device)                         # (1, 3, H, W)
-    tokens = tokenizer.encode(photo).expand(pipeline.batch, -1)     # (B, N)
+    config = pipeline.config
+    photo = pipeline.read([config.prefix])                          # (1, 3, H, W)
+    tokens = pipeline.tokenizer.encode(photo).expand(pipeline.batch, -1)  # (B, N)
     total = tokens.shape[1]
     kept = config.keep or f"{total // 8},{total // 4},{total // 2}"
     rows = []
@@ -188,68 +198,56 @@ def draw_layouts(pipeline):
     save_picture(config.out, image_grid(torch.cat(rows), 1 + pipeline.batch))
 
 
-def folder_of(pipeline, path, items):
-    """Where the parts of a file are until it is whole."""
-    models = [model for model in (pipeline.ar, pipeline.tokenizer) if model is not None]
-    configs = [pipeline.config] + [model.config for model in models]
-    return f"{path}.{digest(configs, pipeline.device.type, *models, items)}"
+def write_npz(pipeline, paths, make):
+    """Writes all images as uint8 arr_0 of npz files, never all at once: make(numbers) gives those
+    of a whole batch, (B, 3, H, W) for each path. A run that was killed goes on."""
+    config, labels, size = pipeline.config, pipeline.labels, pipeline.tokenizer.config.image_size
+    name = digest(config, labels, pipeline.device.type, pipeline.ar, pipeline.tokenizer)
+    folder = f"{paths[0]}.{name}"
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)}
 
+    def rows(numbers):
+        batches = make(pipeline.padded(numbers))
+        return np.stack([to_uint8(images[:len(numbers)]) for images in batches])
 
-def write_npz(path, shape, parts):
-    """Writes parts of a uint8 array of some shape as arr_0, one after another, never all at once.
-    """
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-
-    def save(file):
+    def save(file, i):
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for part in parts:
-                    member.write(part.tobytes())
+                    member.write(np.load(part)[i])
 
-    write(path, save)
-    print(path)
+    parts = shards(folder, len(labels), pipeline.batch, rows)
+    if rank() > 0 or os.path.exists(config.npz):  # by the same command elsewhere
+        return
+    for i, path in enumerate(paths):
+        write(path, lambda file: save(file, i))
+        print(path)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def draw_many(pipeline):
     """`--npz`: all images in one file."""
-    folder = folder_of(pipeline, pipeline.config.npz, pipeline.labels)
-    paths = shards(folder, len(pipeline.labels), pipeline.batch,
-                   lambda numbers: to_uint8(pipeline.images(numbers)))
-    if rank() == 0 and not os.path.exists(pipeline.config.npz):  # by the same command elsewhere
-        size = pipeline.tokenizer.config.image_size
-        shape = len(pipeline.labels), size, size, 3
-        write_npz(pipeline.config.npz, shape, (np.load(path) for path in paths))
-        shutil.rmtree(folder, ignore_errors=True)
+    write_npz(pipeline, [pipeline.config.npz], lambda numbers: [pipeline.images(numbers)])
 
 
-def reconstruct(pipeline, files):
-    """`--reconstruct`: pairs as a picture, all originals and reconstructions as npz, PSNR."""
-    folder = folder_of(pipeline, pipeline.config.out, files)
-    size = pipeline.tokenizer.config.image_size
-
+def reconstruct(pipeline):
+    """`--reconstruct`: all originals and reconstructions as npz, pairs as a picture, PSNR."""
     def make(numbers):
-        photos = [read_image(files[i]) for i in numbers]
-        images = torch.stack([to_tensor(center_crop(photo, size)) for photo in photos])
-        images = images.to(pipeline.device)                         # (n, 3, H, W)
-        tokens = pipeline.tokenizer.encode(images)
-        tokens = tokens[pipeline.padded(range(len(images)))]        # (B, N)
-        decoded = pipeline.decode(pipeline.padded(numbers), tokens)[:len(images)]
-        return np.stack([to_uint8(images), to_uint8(decoded)])      # (2, n, H, W, 3)
+        images = pipeline.read([pipeline.labels[i] for i in numbers])
+        return images, pipeline.decode(numbers, pipeline.tokenizer.encode(images))
 
-    paths = shards(folder, len(files), pipeline.batch, make)
+    stem = os.path.splitext(pipeline.config.out)[0]
+    paths = [f"{stem}_originals.npz", f"{stem}_reconstructions.npz"]
+    write_npz(pipeline, paths, make)
     if rank() > 0:
         return
-    stem = os.path.splitext(pipeline.config.out)[0]
-    for i, name in enumerate(("originals", "reconstructions")):
-        shape = len(files), size, size, 3
-        write_npz(f"{stem}_{name}.npz", shape, (np.load(path)[i] for path in paths))
-    shown = from_uint8(np.load(paths[0])[:, :20]).transpose(0, 1).flatten(0, 1)
+    shown = np.stack([next(open_npz(path).batches(20)) for path in paths], 1)
+    shown = from_uint8(shown).flatten(0, 1)                         # (2 n, 3, H, W)
     save_picture(pipeline.config.out, image_grid(shown, min(10, len(shown))))
-    pairs = (from_uint8(np.load(path)) for path in paths)
-    decibels = [len(images) * psnr(decoded, images) for images, decoded in pairs]
-    print(f"PSNR {sum(decibels) / len(files):.2f} dB over {len(files):,} images")
-    shutil.rmtree(folder, ignore_errors=True)
+    pairs = zip(*[open_npz(path).batches(1) for path in paths])
+    decibels = [psnr(from_uint8(decoded), from_uint8(image)) for image, decoded in pairs]
+    print(f"PSNR {np.mean(decibels):.2f} dB over {len(decibels):,} images")
 
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -286,7 +284,7 @@ def labels_of(config, classes):
     if single and not config.labels:
         labels = labels[:10]
     total = config.num_images or (len(labels) if single else 100)
-    labels = [*islice(cycle(labels), total)]
+    labels = np.resize(labels, total).tolist()  # in turn
     if config.npz:
         np.random.default_rng(seed_of(config.seed, "labels")).shuffle(labels)
     return labels
@@ -327,26 +325,23 @@ def main(argv=None):
         names = find_images(config.reconstruct, quiet=rank() > 0)
         chosen = spread(config.num_images or len(names), len(names))
         files = [os.path.join(config.reconstruct, names[i]) for i in chosen]
-        batch = min(len(files), config.batch)
-        pipeline = Pipeline(config, None, tokenizer, None, files, batch, device)
-        reconstruct(pipeline, files)
+        reconstruct(Pipeline(config, None, tokenizer, files, device))
         return leave_processes()
 
     # The autoregressive model; what to draw
     saved = load_checkpoint(config.ckpt, "ar")
     labels = labels_of(config, saved["classes"])
-    guidance = config.cfg or "{cfg_start}:{cfg_end}".format(**saved["settings"])
-    print0(f"guidance {guidance}" + " as trained" * (not config.cfg))
-    ar = load_ar(config.ckpt, device, tokenizer.config.num_tokens)
-    if (ar.config.vocab_size, ar.config.num_tokens) != (tokenizer.config.codebook_size,
-                                                        tokenizer.config.num_tokens):
+    if not config.cfg:
+        config.cfg = "{cfg_start}:{cfg_end}".format(**saved["settings"])
+        print0(f"guidance {config.cfg} as trained")
+    sizes = tokenizer.config
+    ar = load_ar(config.ckpt, device, sizes.num_tokens)
+    if (ar.config.vocab_size, ar.config.num_tokens) != (sizes.codebook_size, sizes.num_tokens):
         raise Mistake(f"{config.ckpt} predicts the tokens of another tokenizer")
     compare_tokens(saved, config.ckpt, tokenizer)
 
     # Images
-    count = len(labels)
-    batch = count if config.stream or config.prefix else min(count, config.batch)
-    pipeline = Pipeline(config, ar, tokenizer, parse_cfg(guidance), labels, batch, device)
+    pipeline = Pipeline(config, ar, tokenizer, labels, device)
     if config.stream:
         draw_stream(pipeline)
     elif config.prefix:
@@ -354,8 +349,7 @@ def main(argv=None):
     elif config.npz:
         draw_many(pipeline)
     else:
-        columns = len(set(labels))
-        draw_grid(pipeline, min(columns if columns > 1 else count, 10))
+        draw_grid(pipeline)
     leave_processes()
 
 
@@ -368,17 +362,17 @@ SHARES = {"ema", "beta1", "beta2", "dropout", "class_dropout"}  # below 1
 
 
 def check(config):
-    """Raises a Mistake where a number of a dataclass is not finite, negative, or a count of 0
-    without a meaning."""
+    """Raises a Mistake where a number of a dataclass is not finite, negative, a count of 0 without
+    a meaning, or no share where it should be one."""
     for field in fields(config):
-        value = getattr(config, field.name)
-        flag = "--" + field.name.replace("_", "-")
         if field.type in (int, float):
-            zero = field.type is float or field.default == 0 or field.name in MAY_BE_ZERO
-            if not (0 < value < math.inf or zero and value == 0):
-                raise Mistake(f"{flag} must be {'0 or ' * zero}a positive number, got {value}")
-            if field.name in SHARES and value >= 1:
-                raise Mistake(f"{flag} must be below 1, got {value}")
+            value = getattr(config, field.name)
+            counts = field.type is int and field.default != 0 and field.name not in MAY_BE_ZERO
+            least = 1 if counts else 0
+            limit = 1 if field.name in SHARES else math.inf
+            if not least <= value < limit:
+                raise Mistake(f"--{field.name.replace('_', '-')} must be at least {least} and "
+                              f"below {limit}, got {value}")
 
 
 def parse(presets, argv, text):
@@ -499,11 +493,6 @@ def from_uint8(pixels):
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3) / 127.5 - 1
 
 
-def spread(count, total):
-    """Up to `count` of `total` numbers, always the same ones, from all over the list."""
-    return sorted(np.random.default_rng(0).permutation(total)[:count].tolist())
-
-
 def psnr(decoded, images):
     """Mean peak signal-to-noise ratio in dB of decoded images (B, 3, H, W) in [-1, 1], clipped."""
     error = (decoded.clamp(-1, 1) - images).pow(2).mean((1, 2, 3)) / 4       # pixels in [0, 1]
@@ -547,32 +536,28 @@ class ReleasedConfig:
 def load_checkpoint(path, kind):
     """The dict in a checkpoint of kind "tokenizer" or "ar", ours or the authors' translated; of a
     tokenizer also that which one of kind "ar" carries. Nothing is unpickled but tensors, plain data
-    and the authors' two classes of settings. Raises Mistake."""
-    if not os.path.isfile(path):
-        raise Mistake(f"no checkpoint at {path}")
+    and the authors' two classes of settings. Raises Mistake, or OSError."""
     allowed = [argparse.Namespace, (ReleasedConfig, "config_util.Config")]
     try:
         with torch.serialization.safe_globals(allowed):
             saved = torch.load(path, "cpu", weights_only=True, mmap=True)
         saved = saved if "kind" in saved else translate(saved)
-    except OSError:  # no permission, say
+    except OSError:  # no such file, no permission
         raise
     except Exception:  # torch raises many kinds
         raise Mistake(f"{path} is no checkpoint of this code or the authors': damaged, of another "
                       "format, or with objects in it that are not tensors") from None
-    if kind == "tokenizer" and saved["kind"] == "ar":
-        if "tokenizer" not in saved:
-            raise Mistake(f"{path} carries no tokenizer; give --tokenizer FILE")
-        saved = saved["tokenizer"]
+    saved = saved.get(kind, saved)  # of kind "ar" may carry a "tokenizer"
     if saved["kind"] != kind:
-        raise Mistake(f"{path} is a checkpoint of kind {saved['kind']!r}, {kind!r} is needed")
+        raise Mistake(f"{path} is a checkpoint of kind {saved['kind']!r}, {kind!r} is needed; for "
+                      "a tokenizer, give --tokenizer FILE")
     return saved
 
 
-def build(model_class, config_class, settings, saved, device):
+def build(model_class, config_class, saved, device):
     """The model in a checkpoint's dict, with averaged weights if there are any, in eval mode."""
     try:
-        config = config_class(**settings)
+        config = config_class(**saved["config"])
     except TypeError as error:
         raise Mistake(f"a checkpoint of another version of this code ({error})") from None
     with torch.device("meta"):
@@ -589,8 +574,8 @@ def load_tokenizer(path, device="cpu"):
     """The tokenizer in a checkpoint of train_tokenizer.py or train_ar.py, or in one of the authors'
     files (D-AR-tokenizer_v1.pt). Raises Mistake, or OSError."""
     saved = load_checkpoint(path, "tokenizer")
-    settings = {**saved["config"], "repa_depth": 0}
-    return build(Tokenizer, TokenizerConfig, settings, saved, device)
+    saved["config"]["repa_depth"] = 0
+    return build(Tokenizer, TokenizerConfig, saved, device)
 
 
 def load_ar(path, device="cpu", num_tokens=256):
@@ -598,8 +583,8 @@ def load_ar(path, device="cpu", num_tokens=256):
     D-AR-XL-360K.pt, bare state dicts), which do not tell `num_tokens`. Raises Mistake, or OSError.
     """
     saved = load_checkpoint(path, "ar")
-    settings = {"num_tokens": num_tokens, **saved["config"]}
-    return build(AR, ARConfig, settings, saved, device)
+    saved["config"].setdefault("num_tokens", num_tokens)
+    return build(AR, ARConfig, saved, device)
 
 
 def pack(kind, model):
@@ -717,6 +702,11 @@ def seed_of(*key):
 def seeded(*key, device="cpu"):
     """A random generator that is a function of the key."""
     return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+def spread(count, total):
+    """Up to `count` of `total` numbers, always the same ones, from all over the list."""
+    return sorted(np.random.default_rng(0).permutation(total)[:count].tolist())
 
 
 def draw_noise(key, numbers, size, device):
