@@ -728,14 +728,14 @@ def test_another_run_is_refused_by_what_differs_and_other_settings_are_printed(t
         raises(Mistake, text, train, name, trained(name), *flags)
     raises(Mistake, "is of step 8, beyond --steps 4", train, "ar", trained("ar"), "--steps", 4)
     said = train("tokenizer", trained("tokenizer"), "--lr", "0.5", "--seed", "3")
-    assert "other settings: " in said and "lr 0.5 (was 0.003), seed 3 (was 0)" in said
+    assert "setting: lr 0.5 (was 0.003)\n" in said and "setting: seed 3 (was 0)\n" in said
     # Classes by name: the same images at another place go on, another name does not.
     moved = shutil.copytree(photographs(), tmp_path / "moved")
     flags = "ar", shutil.copytree(trained("ar"), tmp_path / "ar"), "--data", moved
     train(*flags)
     for part in ("train", "val"):
         os.rename(moved / part / "a_dog", moved / part / "wolf")
-    raises(Mistake, "class 0 b_cat (was a_dog), class 1 wolf (was b_cat)", train, *flags)
+    raises(Mistake, "classes ['b_cat', 'wolf'] (was ['a_dog', 'b_cat'])", train, *flags)
 
 
 def test_fields_that_came_after_a_run_had_their_defaults_and_unknown_ones_are_named(tmp_path):

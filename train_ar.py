@@ -236,17 +236,17 @@ def main(argv=None):
 
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
-    fixed = {**asdict(replace(architecture, dropout=0.0)), "tokens": token_digest(tokenizer),
-             **{f"class {i}": name for i, name in enumerate(train.classes)}}
+    fixed = {**asdict(architecture), "tokens": token_digest(tokenizer), "classes": train.classes}
     parts = {"model": model, "ema": ema}
     if config.ema == 0:
         del parts["ema"]  # it is the model
-    record = Record(config, "ar", parts, optimizer, fixed, len(train))
+    record = Record(config, "ar", parts, optimizer, fixed)
+    first_step = record.resume()
     ddp = distribute(model, config, device)
     packed = pack("tokenizer", tokenizer)
 
     # Loop
-    for step in range(record.first_step + 1, config.steps + 1):
+    for step in range(first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
         # Labels and tokens; all processes draw for the whole batch which labels are dropped
@@ -279,7 +279,7 @@ def main(argv=None):
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
             numbers, picture = evaluate(ema, tokenizer, val[:, 0], val[:, 1:], config)
             record.log(step=step, **numbers)
-            save_picture(record.path(f"samples_{step:06d}.png"), picture)
+            save_picture(f"{config.out}/samples_{step:06d}.png", picture)
         record.save(step, classes=train.classes, tokenizer=packed)
     leave_processes()
 

@@ -434,13 +434,6 @@ def distribute(model, config, device):
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def differences(old, new):
-    """The first entries of the dict `new` that differ from those of `old`, as a text."""
-    texts = [f"{name} {new[name]} (was {value})" for name, value in old.items()
-             if new.get(name, value) != value]
-    return ", ".join(texts[:8])
-
-
 @dataclass
 class Record:
     """What a run keeps in its folder: the checkpoint, from which it goes on, and the log."""
@@ -449,45 +442,45 @@ class Record:
     parts: dict         # modules by name, among them "model" and its average "ema"
     optimizer: torch.optim.Optimizer
     fixed: dict         # what must not change in a run, while settings may
-    num_images: int
-
-    def __post_init__(self):
-        self.settings = {**asdict(self.config), "images": self.num_images}
-        self.sums = defaultdict(float)  # of losses since the last log line
-        self.first_step = self.logged = self.resume()
-        if dist.is_initialized():
-            steps = [None] * world()
-            dist.all_gather_object(steps, self.first_step)
-            if len(set(steps)) > 1:
-                raise Mistake(f"processes found checkpoints of different steps, {sorted(set(steps))}: "
-                              "all nodes must see the same --out")
-        self.began = self.saved_at = time.time()
-        size = sum(parameter.numel() for parameter in self.parts["model"].parameters())
-        print0(f"{self.kind}: {size:,} parameters, {self.num_images:,} training images, {world()} "
-               f"process(es), step {self.first_step} of {self.config.steps}")
-
-    def path(self, name):
-        return os.path.join(self.config.out, name)
 
     def resume(self):
-        """Loads the checkpoint, if there is one, and returns its step. Raises Mistake."""
-        os.makedirs(self.config.out, exist_ok=True)
-        path = self.path("last.pt")
-        if not os.path.exists(path):
-            return 0
+        """Loads last.pt, if there is one. Returns its step, else 0. Raises Mistake."""
+        config = self.config
+        path = f"{config.out}/last.pt"
+        self.first_step = self.load(path) if os.path.exists(path) else 0
+        steps = [self.first_step] * world()
+        if dist.is_initialized():
+            dist.all_gather_object(steps, self.first_step)
+        if len(set(steps)) > 1:
+            raise Mistake(f"processes found checkpoints of different steps, {sorted(set(steps))}: "
+                          "all nodes must see the same --out")
+        size = sum(parameter.numel() for parameter in self.parts["model"].parameters())
+        print0(f"{self.kind}: {size:,} parameters, {world()} process(es), step {self.first_step} "
+               f"of {config.steps}")
+        self.sums = defaultdict(float)  # of losses since the last log line
+        self.logged = self.first_step
+        self.began = self.saved_at = time.time()
+        return self.first_step
+
+    def load(self, path):
+        config = self.config
         saved = load_checkpoint(path, self.kind)
-        # A field that came after the run began had its default then.
-        fixed = {**asdict(type(self.parts["model"].config)()), **saved.get("fixed", {})}
-        if changed := differences(fixed, self.fixed):
-            raise Mistake(f"{path} is of another run: {changed}; give another --out")
-        if saved["step"] > self.config.steps:
-            raise Mistake(f"{path} is of step {saved['step']}, beyond --steps {self.config.steps}")
-        if changed := differences(saved["settings"], self.settings):
-            print0(f"going on with other settings: {changed}")
+        # A field that came after the run began had its default then. A setting may change.
+        defaults = asdict(type(self.parts["model"].config)())
+        old = {**defaults, **saved, **saved["fixed"], **saved["settings"]}
+        for name, value in {**self.fixed, **asdict(config)}.items():
+            if old.get(name, value) != value:
+                change = f"{name} {value} (was {old[name]})"
+                if name not in saved["settings"]:
+                    raise Mistake(f"{path} is of another run: {change}; give another --out")
+                print0(f"going on with another setting: {change}")
+        if saved["step"] > config.steps:
+            raise Mistake(f"{path} is of step {saved['step']}, beyond --steps {config.steps}")
         for name, part in self.parts.items():
             part.load_state_dict(saved.get(name, saved["model"]))  # there may be no average
-        groups = self.optimizer.state_dict()["param_groups"]  # betas and decay of this command
-        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+        # With the betas and the decay of this command
+        state = saved["optimizer"]["state"]
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         return saved["step"]
 
     def save(self, step, **more):
@@ -506,9 +499,9 @@ class Record:
         states = {part: module.state_dict() for part, module in self.parts.items()}
         checkpoint = {**pack(self.kind, self.parts["model"]), **states, **more, "step": step,
                       "optimizer": self.optimizer.state_dict(), "fixed": self.fixed,
-                      "settings": self.settings}
+                      "settings": asdict(config)}
         for name in [f"step_{step}.pt"] * bool(keep) + ["last.pt"]:
-            write(self.path(name), lambda file: torch.save(checkpoint, file))
+            write(f"{config.out}/{name}", lambda file: torch.save(checkpoint, file))
         self.saved_at = time.time()
 
     def log_means(self, step, **more):
@@ -536,7 +529,8 @@ class Record:
         line = json.dumps({name: significant(value) for name, value in numbers.items()})
         print0(line)
         if rank() == 0:
-            with open(self.path("log.jsonl"), "a") as file:
+            os.makedirs(self.config.out, exist_ok=True)
+            with open(f"{self.config.out}/log.jsonl", "a") as file:
                 print(line, file=file)
 
 
@@ -608,12 +602,13 @@ def main(argv=None):
     parts = {"model": model, "ema": ema, "use": use}
     if config.ema == 0:
         del parts["ema"]  # it is the model
-    record = Record(config, "tokenizer", parts, optimizer, asdict(architecture), len(train))
+    record = Record(config, "tokenizer", parts, optimizer, asdict(architecture))
+    first_step = record.resume()
     ddp = distribute(model, config, device)
 
     # Loop
-    data = load_crops(Crops(train, config, size), config, record.first_step, device)
-    for step in range(record.first_step + 1, config.steps + 1):
+    data = load_crops(Crops(train, config, size), config, first_step, device)
+    for step in range(first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
         # Times of the whole batch, in all processes alike
@@ -659,7 +654,7 @@ def main(argv=None):
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
             numbers, picture = evaluate(ema, shown, config.seed)
             record.log(step=step, **numbers)
-            save_picture(record.path(f"reconstructions_{step:06d}.png"), picture)
+            save_picture(f"{config.out}/reconstructions_{step:06d}.png", picture)
         record.save(step)
     leave_processes()
 
