@@ -237,10 +237,7 @@ def main(argv=None):
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
     fixed = {**asdict(architecture), "tokens": token_digest(tokenizer), "classes": train.classes}
-    parts = {"model": model, "ema": ema}
-    if config.ema == 0:
-        del parts["ema"]  # it is the model
-    record = Record(config, "ar", parts, optimizer, fixed)
+    record = Record(config, "ar", {"model": model, "ema": ema}, optimizer, fixed)
     first_step = record.resume()
     ddp = distribute(model, config, device)
     packed = pack("tokenizer", tokenizer)

@@ -470,7 +470,7 @@ class Record:
         old = {**defaults, **saved, **saved["fixed"], **saved["settings"]}
         for name, value in {**self.fixed, **asdict(config)}.items():
             if old.get(name, value) != value:
-                change = f"{name} {value} (was {old[name]})"
+                change = f"{name} {value!s:.99} (was {old[name]!s:.99})"
                 if name not in saved["settings"]:
                     raise Mistake(f"{path} is of another run: {change}; give another --out")
                 print0(f"going on with another setting: {change}")
@@ -496,12 +496,17 @@ class Record:
         if rank() > 0 or not (due or keep or step == config.steps):
             return
         check_finite(self.sums)
-        states = {part: module.state_dict() for part, module in self.parts.items()}
-        checkpoint = {**pack(self.kind, self.parts["model"]), **states, **more, "step": step,
+        checkpoint = {**pack(self.kind, self.parts["model"]), **more, "step": step,
                       "optimizer": self.optimizer.state_dict(), "fixed": self.fixed,
                       "settings": asdict(config)}
-        for name in [f"step_{step}.pt"] * bool(keep) + ["last.pt"]:
-            write(f"{config.out}/{name}", lambda file: torch.save(checkpoint, file))
+        for name, part in self.parts.items():
+            checkpoint[name] = part.state_dict()
+        if config.ema == 0:
+            del checkpoint["ema"]  # it is the model
+        save = functools.partial(torch.save, checkpoint)
+        if keep:
+            write(f"{config.out}/step_{step}.pt", save)
+        write(f"{config.out}/last.pt", save)
         self.saved_at = time.time()
 
     def log_means(self, step, **more):
@@ -600,8 +605,6 @@ def main(argv=None):
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
     parts = {"model": model, "ema": ema, "use": use}
-    if config.ema == 0:
-        del parts["ema"]  # it is the model
     record = Record(config, "tokenizer", parts, optimizer, asdict(architecture))
     first_step = record.resume()
     ddp = distribute(model, config, device)
