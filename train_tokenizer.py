@@ -515,19 +515,18 @@ class Record:
         config = self.config
         if step % config.log_every and step < config.steps:
             return
-        means = torch.stack([*self.sums.values()])
+        means = torch.stack(list(self.sums.values()))
         if dist.is_initialized():
             dist.all_reduce(means)
         means /= world() * (step - self.logged)
-        self.logged = step
         means = dict(zip(self.sums, means.tolist()))
         check_finite(means)
         self.sums.clear()
-        rate = (step - self.first_step) * config.batch / (time.time() - self.began)
-        left = (config.steps - step) * config.batch / rate / 3600
-        more = {name: float(value) for name, value in more.items()}
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.log(step=step, **means, lr=lr, images_per_s=rate, hours_left=left, **more)
+        self.logged = step
+        seconds = (time.time() - self.began) / (step - self.first_step)  # a step
+        self.log(step=step, **means, lr=self.optimizer.param_groups[0]["lr"],
+                 images_per_s=config.batch / seconds,
+                 hours_left=(config.steps - step) * seconds / 3600, **more)
 
     def log(self, **numbers):
         """In the first process, prints a line and appends it to log.jsonl."""
@@ -540,10 +539,10 @@ class Record:
 
 
 def significant(value):
-    """A number, or each of a list, with six significant digits."""
+    """A number, or each of a list, with six significant digits; whole numbers as they are."""
     if isinstance(value, list):
         return [significant(number) for number in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def check_finite(numbers):
