@@ -22,8 +22,8 @@ from sample import (Mistake, autocast, center_crop, compare_tokens, digest, guid
                     image_grid, join_processes, leave_processes, load_ar, load_checkpoint,
                     load_tokenizer, pack, parse, print0, rank, run, save_picture, seed_of, seeded,
                     shards, spread, to_tensor, token_digest)
-from train_tokenizer import (Record, distribute, item_at, make_optimizer, open_data, passes_of,
-                             positions, read_any, set_lr, update_ema)
+from train_tokenizer import (Record, accumulation_steps, distribute, item_at, make_optimizer,
+                             open_data, positions, read_any, set_lr, update_ema)
 
 
 @dataclass
@@ -212,7 +212,7 @@ def main(argv=None):
     if config.cfg_end == 0:
         config.cfg_end = guidance_end(SIZES[config.size].depth)
     device = join_processes()
-    passes = passes_of(config)
+    passes = accumulation_steps(config)
 
     # Data: the tokens of all images, and of some held-out ones
     tokenizer = load_tokenizer(config.tokenizer, device)

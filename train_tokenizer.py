@@ -18,7 +18,6 @@ import time
 import unicodedata
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 
 import numpy as np
 import torch
@@ -265,24 +264,6 @@ class Crops:
         return to_tensor(random_crop(image, self.size, config.resize_max, config.flip, rng))
 
 
-def passes_of(config):
-    """Backward passes a step. Raises a Mistake where the batch does not divide."""
-    share = config.batch // world()
-    if config.batch % world():
-        raise Mistake(f"--batch {config.batch} does not divide into {world()} processes")
-    if share % min(config.micro_batch, share):
-        raise Mistake(f"the {share} images of a process's share of --batch do not divide into "
-                      f"--micro-batch {config.micro_batch}")
-    return share // min(config.micro_batch, share)
-
-
-def positions(config, step):
-    """Positions (n,) of this process in a step, counted from 0, see `item_at`."""
-    share = config.batch // world()
-    first = step * config.batch + rank() * share
-    return np.arange(first, first + share)
-
-
 # ---- Losses and the codebook ---------------------------------------------------------------------
 
 class PerceptualLoss(nn.Module):
@@ -398,6 +379,24 @@ def evaluate(model, images, seed):
 
 
 # ---- What both trainers do -----------------------------------------------------------------------
+
+def accumulation_steps(config):
+    """Backward passes a step. Raises a Mistake where the batch does not divide."""
+    share, rest = divmod(config.batch, world())
+    if rest:
+        raise Mistake(f"--batch {config.batch} does not divide into {world()} processes")
+    micro_batch = min(config.micro_batch, share)
+    if share % micro_batch:
+        raise Mistake(f"the {share} images of a process's share of --batch do not divide into "
+                      f"--micro-batch {config.micro_batch}")
+    return share // micro_batch
+
+
+def positions(config, step):
+    """Positions (n,) of this process in a step, counted from 0, see `item_at`."""
+    shares = np.split(np.arange(config.batch), world())
+    return step * config.batch + shares[rank()]
+
 
 def make_optimizer(model, config):
     """AdamW, with weight decay of matrices only. `set_lr` sets the learning rate of each step."""
@@ -562,11 +561,12 @@ def draw_times(batch, generator):
 
 
 def load_crops(crops, config, first_step, device):
-    """Images (micro, 3, H, W) of this process from a step on."""
-    mine = chain.from_iterable(positions(config, i) for i in range(first_step, config.steps))
+    """Yields images (micro, 3, H, W) of this process from a step on."""
+    parts = (part for step in range(first_step, config.steps)
+             for part in np.split(positions(config, step), accumulation_steps(config)))
     return iter(torch.utils.data.DataLoader(
-        crops, config.batch // world() // passes_of(config), sampler=mine,
-        num_workers=config.workers, pin_memory=device.type == "cuda"))
+        crops, batch_sampler=parts, num_workers=config.workers,
+        pin_memory=device.type == "cuda"))
 
 
 def main(argv=None):
@@ -577,7 +577,7 @@ def main(argv=None):
     elif not 0 < architecture.repa_depth < architecture.diffusion_depth:
         raise Mistake("--repa needs a --repa-depth above 0 and below --diffusion-depth; or --repa 0")
     device = join_processes()
-    passes = passes_of(config)
+    passes = accumulation_steps(config)
 
     # Data
     size = architecture.image_size
