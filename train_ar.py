@@ -22,8 +22,8 @@ from sample import (Mistake, autocast, center_crop, compare_tokens, digest, guid
                     image_grid, join_processes, leave_processes, load_ar, load_checkpoint,
                     load_tokenizer, pack, parse, print0, rank, run, save_picture, seed_of, seeded,
                     shards, spread, to_tensor, token_digest)
-from train_tokenizer import (Record, accumulation_steps, distribute, item_at, make_optimizer,
-                             open_data, positions, read_any, set_lr, update_ema)
+from train_tokenizer import (Record, distribute, item_at, make_optimizer, open_data, positions,
+                             read_any, set_lr, update_ema)
 
 
 @dataclass
@@ -212,7 +212,7 @@ def main(argv=None):
     if config.cfg_end == 0:
         config.cfg_end = guidance_end(SIZES[config.size].depth)
     device = join_processes()
-    passes = accumulation_steps(config)
+    accumulation_steps = len(positions(config, 0))
 
     # Data: the tokens of all images, and of some held-out ones
     tokenizer = load_tokenizer(config.tokenizer, device)
@@ -247,23 +247,24 @@ def main(argv=None):
         set_lr(optimizer, step, config)
 
         # Labels and tokens; all processes draw for the whole batch which labels are dropped
-        mine = positions(config, step - 1)
-        labels, tokens = read_batch(codes, len(train), config.seed, mine, num_tokens)
+        numbers = positions(config, step - 1).flatten()
+        labels, tokens = read_batch(codes, len(train), config.seed, numbers, num_tokens)
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
-        dropped = dropped[mine % config.batch] < config.class_dropout
-        labels = labels.masked_fill(dropped, architecture.num_classes)
+        dropped = dropped[numbers % config.batch] < config.class_dropout
+        labels[dropped] = architecture.num_classes  # the null class
         labels = labels.to(device, non_blocking=True)               # (n,)
         tokens = tokens.to(device, non_blocking=True)               # (n, N)
         torch.manual_seed(seed_of(config.seed, "dropout", step, rank()))
 
         # Forward and backward, a micro-batch at a time
-        for i in range(passes):
-            ddp.require_backward_grad_sync = i == passes - 1  # which only DDP reads
+        parts = zip(labels.chunk(accumulation_steps), tokens.chunk(accumulation_steps))
+        for i, part in enumerate(parts, 1):
+            ddp.require_backward_grad_sync = i == accumulation_steps  # DDP reads it
             with autocast(device):
-                loss, accuracy = token_loss(ddp, labels.chunk(passes)[i], tokens.chunk(passes)[i])
-            (loss / passes).backward()
-            record.sums["loss"] += loss.detach() / passes
-            record.sums["accuracy"] += accuracy / passes
+                loss, accuracy = token_loss(ddp, *part)
+            (loss / accumulation_steps).backward()
+            record.sums["loss"] += loss.detach() / accumulation_steps
+            record.sums["accuracy"] += accuracy / accumulation_steps
 
         # Step
         record.sums["gradient"] += nn.utils.clip_grad_norm_(model.parameters(), config.clip)

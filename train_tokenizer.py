@@ -18,6 +18,7 @@ import time
 import unicodedata
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -380,22 +381,17 @@ def evaluate(model, images, seed):
 
 # ---- What both trainers do -----------------------------------------------------------------------
 
-def accumulation_steps(config):
-    """Backward passes a step. Raises a Mistake where the batch does not divide."""
-    share, rest = divmod(config.batch, world())
-    if rest:
-        raise Mistake(f"--batch {config.batch} does not divide into {world()} processes")
-    micro_batch = min(config.micro_batch, share)
-    if share % micro_batch:
-        raise Mistake(f"the {share} images of a process's share of --batch do not divide into "
-                      f"--micro-batch {config.micro_batch}")
-    return share // micro_batch
-
-
 def positions(config, step):
-    """Positions (n,) of this process in a step, counted from 0, see `item_at`."""
-    shares = np.split(np.arange(config.batch), world())
-    return step * config.batch + shares[rank()]
+    """Positions of this process's images in a step, counted from 0, see `item_at`: a row for each
+    backward pass, (accumulation steps, micro-batch). Raises Mistake."""
+    share, rest = divmod(config.batch, world())
+    micro_batch = min(config.micro_batch, share)
+    if rest or share % micro_batch:
+        raise Mistake(f"the {config.batch} images of --batch do not divide into {world()} "
+                      "process(es) and the share of each, if it is larger, into --micro-batch "
+                      f"{config.micro_batch}")
+    numbers = step * config.batch + np.arange(config.batch)
+    return numbers.reshape(world(), -1, micro_batch)[rank()]
 
 
 def make_optimizer(model, config):
@@ -562,11 +558,10 @@ def draw_times(batch, generator):
 
 def load_crops(crops, config, first_step, device):
     """Yields images (micro, 3, H, W) of this process from a step on."""
-    parts = (part for step in range(first_step, config.steps)
-             for part in np.split(positions(config, step), accumulation_steps(config)))
+    steps = range(first_step, config.steps)
     return iter(torch.utils.data.DataLoader(
-        crops, batch_sampler=parts, num_workers=config.workers,
-        pin_memory=device.type == "cuda"))
+        crops, batch_sampler=chain.from_iterable(positions(config, step) for step in steps),
+        num_workers=config.workers, pin_memory=device.type == "cuda"))
 
 
 def main(argv=None):
@@ -577,7 +572,7 @@ def main(argv=None):
     elif not 0 < architecture.repa_depth < architecture.diffusion_depth:
         raise Mistake("--repa needs a --repa-depth above 0 and below --diffusion-depth; or --repa 0")
     device = join_processes()
-    passes = accumulation_steps(config)
+    accumulation_steps = len(positions(config, 0))
 
     # Data
     size = architecture.image_size
@@ -622,23 +617,23 @@ def main(argv=None):
 
         # Forward and backward, a micro-batch at a time
         tokens = []
-        for numbers in np.split(positions(config, step - 1), passes):
+        for numbers in positions(config, step - 1):
             images = next(data).to(device, non_blocking=True)  # (micro, 3, H, W)
             noise = draw_noise((config.seed, "noise"), numbers, size, device)
             first = numbers[0] % config.batch
             part = slice(first, first + len(numbers))  # of the whole batch
             vq_share = groups_read[part].mean() / mean_groups_read
-            ddp.require_backward_grad_sync = len(tokens) == passes - 1  # which only DDP reads
+            ddp.require_backward_grad_sync = len(tokens) == accumulation_steps - 1  # DDP reads it
             with autocast(device):
                 output = ddp(images, u[part], noise)
                 losses = {"flow": output.flow_loss, "vq": output.vq_loss * vq_share}
                 for name, network in networks.items():
                     losses[name] = network(output, images)
                 loss = sum(weights[name] * value for name, value in losses.items())  # Eq. 7
-            (loss / passes).backward()
+            (loss / accumulation_steps).backward()
             tokens.append(output.tokens)
             for name, value in losses.items():
-                record.sums[name] += value.detach() / passes
+                record.sums[name] += value.detach() / accumulation_steps
 
         # Step
         record.sums["gradient"] += nn.utils.clip_grad_norm_(model.parameters(), config.clip)
