@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -111,7 +111,7 @@ class Shapes:
     first: int
     count: int
     size: int  # pixels a side
-    classes = [*SHAPES]
+    classes = list(SHAPES)
 
     def __len__(self):
         return self.count
@@ -122,16 +122,16 @@ class Shapes:
 
         side = 4 * self.size  # drawn 4 times larger, then averaged
         ground = rng.integers(80, size=(2, 2), dtype=np.uint8)  # greys, one a corner
-        picture = Image.fromarray(ground).resize((side, side), Image.Resampling.BILINEAR)
+        picture = Image.fromarray(ground).resize((side, side), Image.BILINEAR)
         picture = picture.convert("RGB")
         rows = SHAPES[self.classes[label]].split()
-        mask = Image.fromarray(np.array([*map(list, rows)]) == "#")
+        mask = Image.fromarray(np.array([list(row) for row in rows]) == "#")
         size = int(side * rng.uniform(0.8, 0.95))
-        left, top = ((side - size) * rng.uniform(0.35, 0.65, 2)).astype(int).tolist()
+        left, top = ((side - size) * rng.uniform(0.35, 0.65, 2)).astype(int)
         hue = 60 * rng.integers(6) + rng.integers(12)  # red, yellow, green, cyan, blue, magenta
-        colour = ImageColor.getrgb(f"hsv({hue},85%,{rng.integers(85, 101)}%)")
+        colour = f"hsv({hue},85%,{rng.integers(85, 101)}%)"
         picture.paste(colour, (left, top), mask.resize((size, size)))
-        return picture.resize((self.size, self.size), Image.Resampling.BOX), label
+        return picture.resize((self.size, self.size), Image.BOX), label
 
 
 # ---- Folders of images ---------------------------------------------------------------------------
@@ -237,13 +237,13 @@ def item_at(position, count, seed):
     function of its arguments: a resumed run sees what the uninterrupted one would, on any
     processes."""
     epoch, place = divmod(position, count)
-    return int(order_of(count, seed, epoch)[place])
+    return order_of(count, seed, epoch)[place]
 
 
 def random_crop(image, size, resize_max, flip, rng):
     """A random square of size x size pixels after the shorter side is resized to size ...
     resize_max x size, mirrored half of the time if `flip`."""
-    image = resize_shorter(image, int(rng.integers(size, int(size * resize_max) + 1)))
+    image = resize_shorter(image, rng.integers(size, int(size * resize_max) + 1))
     left = rng.integers(image.width - size + 1)
     top = rng.integers(image.height - size + 1)
     image = image.crop((left, top, left + size, top + size))
@@ -327,7 +327,7 @@ class CodebookUse(nn.Module):
     def update(self, tokens):
         """Counts one more step, in which this process saw `tokens` (any shape)."""
         self.idle += 1
-        self.idle[tokens.flatten()] = 0
+        self.idle[tokens] = 0
         if dist.is_initialized():
             dist.all_reduce(self.idle, dist.ReduceOp.MIN)
 
