@@ -9,7 +9,6 @@ below is a flag; the same command goes on where a run was killed. Results are in
 checkpoints carry the tokenizer.
 """
 import copy
-import os
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -136,8 +135,8 @@ def read_codes(config, tokenizer, train):
     which the first call writes. The folder is named after what makes tokens, and the images' names.
     """
     views = Views(train, tokenizer.config.image_size, config.views, config.flip)
-    name = digest(token_digest(tokenizer), train, config.views, config.flip)
-    paths = shards(os.path.join(config.codes, name), len(train), SHARD,
+    name = digest(token_digest(tokenizer), train.digest(), config.views, config.flip)
+    paths = shards(f"{config.codes}/{name}", len(train), SHARD,
                    lambda numbers: encode_all(tokenizer, views, numbers, config.workers))
     return [np.load(path, mmap_mode="r") for path in paths]
 

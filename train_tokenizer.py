@@ -15,10 +15,10 @@ import json
 import math
 import os
 import time
-import unicodedata
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -116,6 +116,9 @@ class Shapes:
     def __len__(self):
         return self.count
 
+    def digest(self):
+        return repr(self)
+
     def __getitem__(self, i):
         rng = np.random.default_rng((0, self.first + i))
         label = (self.first + i) % len(self.classes)
@@ -149,18 +152,18 @@ class Folder:
     def __init__(self, root, classes=None):
         self.root = root
         # In one form: systems write accents in two ways
-        folders = {unicodedata.normalize("NFC", name): name for name in subfolders(root)}
+        folders = {normalize("NFC", name) for name in subfolders(root)}
         self.classes = classes or sorted(folders)
         if not folders:
             raise Mistake(f"{root} must hold one sub-folder of images a class")
-        if unknown := set(folders) - set(self.classes):
+        if unknown := folders - set(self.classes):
             raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
         found = find_images(root, quiet=rank() > 0)
         names = [name for name in found if os.sep in name]
         if len(names) < len(found):
             print0(f"{root}: left out {len(found) - len(names)} images in no class's folder")
-        labels = [unicodedata.normalize("NFC", name.split(os.sep)[0]) for name in names]
-        if empty := set(folders) - set(labels):
+        labels = [normalize("NFC", name.split(os.sep)[0]) for name in names]
+        if empty := folders - set(labels):
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
         # Two blocks of memory, which the processes that load images share
         self.names = np.array([os.fsencode(name) for name in names])
@@ -173,7 +176,7 @@ class Folder:
         part.labels = self.labels[chosen]
         return part
 
-    def __repr__(self):
+    def digest(self):
         """Stands for the images, by their names, and their labels."""
         return digest(self.names.tobytes(), self.labels.tobytes())
 
@@ -181,8 +184,8 @@ class Folder:
         return len(self.names)
 
     def __getitem__(self, i):
-        path = os.path.join(self.root, os.fsdecode(self.names[i]))
-        return read_image(path, self.draft_size), int(self.labels[i])
+        path = f"{self.root}/{os.fsdecode(self.names[i])}"
+        return read_image(path, self.draft_size), self.labels[i]
 
 
 HELD_OUT = ("val", "valid", "validation", "test")
@@ -198,19 +201,19 @@ def open_data(data, size):
         raise Mistake(f"no folder {data}; give --data DIR with one sub-folder of images a class, "
                       "or --preset toy for the built-in pictures")
     folders = subfolders(data)
+    if "train" in folders and subfolders(f"{data}/train"):
+        train = Folder(f"{data}/train")
+    else:
+        train = Folder(data)
+        folders = []  # these are names of classes
     held_out = [name for name in HELD_OUT if name in folders][:1]
-    unused = []
-    if "train" in folders and subfolders(os.path.join(data, "train")):
-        train = Folder(os.path.join(data, "train"))
-        unused = [name for name in folders if name not in ["train"] + held_out]
-    else:  # these are names of classes
-        train, held_out = Folder(data), []
     if held_out:
-        val = Folder(os.path.join(data, held_out[0]), train.classes)
+        val = Folder(f"{data}/{held_out[0]}", train.classes)
     else:
         chosen = np.arange(len(train)) % 100 == 0
         val = train.subset(chosen)
         train = train.subset(~chosen) if len(train) > 1 else train
+    unused = sorted(set(folders) - {"train", *held_out})
     print0(f"{train.root}: {len(train):,} images; held out: {len(val):,} in {val.root}; not used: "
            f"{' '.join(unused) or 'none'}; {len(train.classes)} classes: "
            f"{' '.join(train.classes[:10])}")
