@@ -305,21 +305,6 @@ class RepaLoss(nn.Module):
         return 1 - cosines.mean()
 
 
-def in_turn(build):
-    """build() in the first process of each node, then in the others, which find its downloads."""
-    first = dist.get_node_local_rank(fallback_rank=0) == 0
-    if not first:
-        wait()
-    try:
-        built = build()
-    except OSError as error:
-        raise Mistake(f"{build.__name__} needs a download ({error}); --lpips 0 --repa 0 trains "
-                      "without") from None
-    if first:
-        wait()
-    return built
-
-
 class CodebookUse(nn.Module):
     """Steps for which each codebook row has gone unused, over all processes: idle, (V,)."""
 
@@ -551,6 +536,18 @@ def check_finite(numbers):
 
 # ---- The run -------------------------------------------------------------------------------------
 
+def rank0_first(build):
+    """build() in the first process of each node, then in the others, which find its downloads."""
+    print0(f"{build.__name__} needs a download, once; --lpips 0 --repa 0 trains without")
+    local_rank = dist.get_node_local_rank(fallback_rank=0)
+    if local_rank > 0:
+        wait()
+    built = build()
+    if local_rank == 0:
+        wait()
+    return built
+
+
 def draw_times(batch, generator):
     """Times u (batch,) in [0, 1), one in each of as many equal parts: uniform, with less noise."""
     device = generator.device
@@ -595,9 +592,9 @@ def main(argv=None):
     weights = {"flow": 1.0, "vq": config.vq, "lpips": config.lpips, "repa": config.repa}
     networks = {}
     if config.lpips:
-        networks["lpips"] = in_turn(PerceptualLoss).to(device)
+        networks["lpips"] = rank0_first(PerceptualLoss).to(device)
     if config.repa:
-        networks["repa"] = in_turn(RepaLoss).to(device)
+        networks["repa"] = rank0_first(RepaLoss).to(device)
 
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
