@@ -339,16 +339,18 @@ def group_knows(model, images, noise, tokens):
     taken from another image, over that with the image's own. 1: nothing, the group is dead.
     images, noise: (B, 3, H, W), tokens: (B, N), of two images or more."""
     config = model.config
+    groups = config.num_groups
     x1 = config.sigma * images
+
+    def flow_loss(tokens, step):
+        xt = interpolate(x1, noise, step.t)
+        return F.mse_loss(model.velocity(xt, step, model.condition(tokens)), x1 - noise)
+
     ratios = []
-    for step in sampling_schedule(config.num_groups, config.num_groups, config.beta,
-                                  config.num_groups):
+    for step in sampling_schedule(groups, groups, config.beta, groups):
         first = step.group * config.group_size  # what comes after the group plays no part
         exchanged = torch.cat([tokens[:, :first], tokens.roll(1, 0)[:, first:]], 1)  # (B, N)
-        xt = interpolate(x1, noise, step.t)
-        own, other = (model.velocity(xt, step, model.condition(chosen)) - (x1 - noise)
-                      for chosen in (tokens, exchanged))
-        ratios.append(other.pow(2).mean() / own.pow(2).mean())
+        ratios.append(flow_loss(exchanged, step) / flow_loss(tokens, step))
     return torch.stack(ratios)
 
 
@@ -359,12 +361,12 @@ def evaluate(model, images, seed):
     noise = torch.randn(images.shape, generator=seeded(seed, "evaluation")).to(images.device)
     tokens = model.encode(images)                                   # (B, N)
     with autocast(images.device):
-        previews = [*model.stream(tokens.split(model.config.group_size, 1), noise)]
+        previews = list(model.stream(tokens.split(model.config.group_size, 1), noise))
         numbers = {"psnr_by_group": [psnr(preview, images) for preview in previews]}
         if len(images) > 1:
             numbers["group_knows"] = group_knows(model, images, noise, tokens).tolist()
-    shown = torch.stack([images, *previews], 1)[:8]                 # (8, 1 + K, 3, H, W)
-    return numbers, image_grid(shown.flatten(0, 1), shown.shape[1])
+    rows = torch.stack([images, *previews], 1)[:8]                  # (8, 1 + K, 3, H, W)
+    return numbers, image_grid(rows.flatten(0, 1), rows.shape[1])
 
 
 # ---- What both trainers do -----------------------------------------------------------------------
