@@ -530,7 +530,7 @@ def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(t
         crops = [train_tokenizer.random_crop(crops[0], 32, 1, flip, rng) for _ in range(20)]
         assert len({crop.tobytes() for crop in crops}) == 1 + flip
     for views in (2, 10):
-        crops, plain = (train_ar.Views([(image, 0)], 32, views, flip)[0][0].numpy()
+        crops, plain = (train_ar.FixedCrops([(image, 0)], 32, views, flip)[0][0].numpy()
                         for flip in (True, False))
         assert np.array_equal(plain, crops[::2])
         assert len({crop.tobytes() for crop in crops}) == views
@@ -882,7 +882,7 @@ def test_codes_go_on_where_they_were_killed(tmp_path):
             with contextlib.suppress(KeyboardInterrupt):
                 codes = np.concatenate(train_ar.read_codes(config, tokenizer, data))
     assert calls == [120, 120, 120, 120, 40]  # views of 12 images; the third batch was lost
-    views = train_ar.Views(data, 32, 10, True)
+    views = train_ar.FixedCrops(data, 32, 10, True)
     for i in (0, 5, 39):
         assert codes[i].tolist() == [i % 10, *tokenizer.encode(views[i][0]).flatten().tolist()]
     for other in (replace(config, flip=False), replace(config, views=2)):

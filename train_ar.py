@@ -90,7 +90,7 @@ CORNERS_AND_CENTRE = ((0, 0), (2, 0), (0, 2), (2, 2), (1, 1))
 
 
 @dataclass
-class Views:
+class FixedCrops:
     """Fixed crops of the images, of size x size pixels: item i is (views, 3, H, W) and a label.
     10: the corners and the centre of the centred square of 1.1 x size (281 for 256), and their
     mirrors. 2: the centre and its mirror. 1: the centre. Without `flip`, there are no mirrors."""
@@ -115,12 +115,12 @@ class Views:
 
 
 @torch.no_grad()
-def encode_all(tokenizer, views, numbers, workers):
+def encode_all(tokenizer, crops, numbers, workers):
     """Rows (n, 1 + views * N) of images by number: the label, then the tokens of all crops, made in
     float32; in the smallest integers that hold them."""
     device = tokenizer.quantizer.codebook.device
     loader = torch.utils.data.DataLoader(
-        views, 128 // views.views, sampler=numbers, num_workers=workers)
+        crops, 128 // crops.views, sampler=numbers, num_workers=workers)
     rows = []
     for images, labels in loader:                                   # (n, views, 3, H, W)
         tokens = tokenizer.encode(images.flatten(0, 1).to(device))
@@ -134,10 +134,10 @@ def read_codes(config, tokenizer, train):
     """Labels and tokens of all images as in `encode_all`, memory-mapped from files of `SHARD` rows,
     which the first call writes. The folder is named after what makes tokens, and the images' names.
     """
-    views = Views(train, tokenizer.config.image_size, config.views, config.flip)
+    crops = FixedCrops(train, tokenizer.config.image_size, config.views, config.flip)
     name = digest(token_digest(tokenizer), train.digest(), config.views, config.flip)
     paths = shards(f"{config.codes}/{name}", len(train), SHARD,
-                   lambda numbers: encode_all(tokenizer, views, numbers, config.workers))
+                   lambda numbers: encode_all(tokenizer, crops, numbers, config.workers))
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
@@ -146,10 +146,10 @@ def read_batch(codes, count, seed, places, num_tokens):
     view each."""
     numbers = [item_at(place, count, seed) for place in places]
     rows = np.stack([codes[i // SHARD][i % SHARD] for i in numbers])  # (n, 1 + views * N)
-    rows = torch.from_numpy(rows.astype(np.int64))
+    rows = torch.from_numpy(rows).long()
     tokens = rows[:, 1:].unflatten(1, (-1, num_tokens))             # (n, views, N)
-    view = [seed_of(seed, "view", place) % tokens.shape[1] for place in places]
-    return rows[:, 0], tokens[torch.arange(len(rows)), torch.tensor(view)]
+    chosen = [seed_of(seed, "view", place) % tokens.shape[1] for place in places]
+    return rows[:, 0], tokens[torch.arange(len(rows)), chosen]
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ def evaluate(model, tokenizer, labels, tokens, config):
     loss, accuracy = (sums / len(labels)).tolist()
 
     columns = min(10, model.config.num_classes, config.eval_samples)
-    classes = torch.linspace(0, model.config.num_classes - 1, columns).long()
-    asked = classes[torch.arange(config.eval_samples) % columns].to(labels.device)
+    column = torch.arange(config.eval_samples, device=labels.device) % columns
+    asked = column * model.config.num_classes // columns
     torch.manual_seed(config.seed)
     samples = tokenizer.decode(model.generate(asked, (config.cfg_start, config.cfg_end)))
     return {"val_loss": loss, "val_accuracy": accuracy}, image_grid(samples, columns)
@@ -186,19 +186,17 @@ def start_from(model, path, classes, tokenizer):
     saved = load_checkpoint(path, "ar")
     compare_tokens(saved, path, tokenizer)
     names = saved["classes"]
-    if names[0] == "0" and classes[0] == "n01440764" and len(names) == len(classes) == 1000:
+    if names[0] == "0" and classes[0] == "n01440764" and len(names) == len(classes):
         names = classes  # the authors' files count the sorted classes of ImageNet
     weights = load_ar(path).state_dict()
-    theirs = weights.pop("cls_embedding.weight")
-    ours = model.state_dict()["cls_embedding.weight"]               # (classes + 1, D)
-    ours[-1] = theirs[-1]  # the null class
-    new = []
-    for row, name in zip(ours, classes):
-        if name in names:
-            row.copy_(theirs[names.index(name)])
-        else:
-            new.append(name)
-    model.load_state_dict({**model.state_dict(), **weights})
+    *rows, null = weights["cls_embedding.weight"]                   # (D,) each
+    known = dict(zip(names, rows))
+    table = model.state_dict()["cls_embedding.weight"].clone()      # (classes + 1, D)
+    table[-1] = null
+    for row, name in zip(table, classes):
+        row.copy_(known.get(name, row))
+    model.load_state_dict({**weights, "cls_embedding.weight": table})
+    new = [name for name in classes if name not in known]
     print0(f"from {path}: {len(classes) - len(new)} classes by name; "
            f"{len(new)} new: {' '.join(new[:10])}")
 
@@ -215,18 +213,20 @@ def main(argv=None):
 
     # Data: the tokens of all images, and of some held-out ones
     tokenizer = load_tokenizer(config.tokenizer, device)
-    size, num_tokens = tokenizer.config.image_size, tokenizer.config.num_tokens
+    size = tokenizer.config.image_size
     train, held_out = open_data(config.data, size)
     codes = read_codes(config, tokenizer, train)
     if rank() == 0:
         chosen = spread(config.eval_images, len(held_out))
-        val = encode_all(tokenizer, Views(held_out, size, 1, False), chosen, config.workers)
-        val = torch.from_numpy(val.astype(np.int64)).to(device)     # (n, 1 + N)
+        crops = FixedCrops(held_out, size, 1, False)
+        rows = encode_all(tokenizer, crops, chosen, config.workers)
+        val_rows = torch.from_numpy(rows).to(device, torch.long)    # (n, 1 + N)
 
     # Model and its running average
     architecture = replace(
-        SIZES[config.size], num_tokens=num_tokens, vocab_size=tokenizer.config.codebook_size,
-        dropout=config.dropout, num_classes=len(train.classes))
+        SIZES[config.size], num_tokens=tokenizer.config.num_tokens,
+        vocab_size=tokenizer.config.codebook_size, dropout=config.dropout,
+        num_classes=len(train.classes))
     torch.manual_seed(config.seed)
     model = AR(architecture).to(device)
     if config.init_from:
@@ -247,7 +247,8 @@ def main(argv=None):
 
         # Labels and tokens; all processes draw for the whole batch which labels are dropped
         numbers = positions(config, step - 1).flatten()
-        labels, tokens = read_batch(codes, len(train), config.seed, numbers, num_tokens)
+        labels, tokens = read_batch(codes, len(train), config.seed, numbers,
+                                    architecture.num_tokens)
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
         dropped = dropped[numbers % config.batch] < config.class_dropout
         labels[dropped] = architecture.num_classes  # the null class
@@ -274,7 +275,7 @@ def main(argv=None):
         # Log, evaluate, save
         record.log_means(step)
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
-            numbers, picture = evaluate(ema, tokenizer, val[:, 0], val[:, 1:], config)
+            numbers, picture = evaluate(ema, tokenizer, val_rows[:, 0], val_rows[:, 1:], config)
             record.log(step=step, **numbers)
             save_picture(f"{config.out}/samples_{step:06d}.png", picture)
         record.save(step, classes=train.classes, tokenizer=packed)
