@@ -258,8 +258,8 @@ def main(argv=None):
 
         # Forward and backward, a micro-batch at a time
         parts = zip(labels.chunk(accumulation_steps), tokens.chunk(accumulation_steps))
-        for i, part in enumerate(parts, 1):
-            ddp.require_backward_grad_sync = i == accumulation_steps  # DDP reads it
+        for i, part in enumerate(parts):
+            ddp.require_backward_grad_sync = i == accumulation_steps - 1  # only DDP reads it
             with autocast(device):
                 loss, accuracy = token_loss(ddp, *part)
             (loss / accumulation_steps).backward()

@@ -610,25 +610,24 @@ def main(argv=None):
     for step in range(first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
-        # Times of the whole batch, in all processes alike
-        u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))  # (batch,)
+        # Times of the whole batch, in all processes alike: (processes, accumulation steps, micro)
+        u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))
+        u = u.view(world(), accumulation_steps, -1)
         # A pass's VQ loss is a mean over the tokens of its groups. It counts as they do beside
         # those of a mean pass, so that any split of the batch takes the same step.
         groups_read = group_of(u, architecture.num_groups) + 1
-        mean_groups_read = groups_read.mean()
+        vq_shares = groups_read.mean(2) / groups_read.mean()
 
         # Forward and backward, a micro-batch at a time
         tokens = []
-        for numbers in positions(config, step - 1):
-            images = next(data).to(device, non_blocking=True)  # (micro, 3, H, W)
+        for i, numbers in enumerate(positions(config, step - 1)):
+            images = next(data).to(device, non_blocking=True)       # (micro, 3, H, W)
             noise = draw_noise((config.seed, "noise"), numbers, size, device)
-            first = numbers[0] % config.batch
-            part = slice(first, first + len(numbers))  # of the whole batch
-            vq_share = groups_read[part].mean() / mean_groups_read
-            ddp.require_backward_grad_sync = len(tokens) == accumulation_steps - 1  # DDP reads it
+            ddp.require_backward_grad_sync = i == accumulation_steps - 1  # only DDP reads it
             with autocast(device):
-                output = ddp(images, u[part], noise)
-                losses = {"flow": output.flow_loss, "vq": output.vq_loss * vq_share}
+                output = ddp(images, u[rank(), i], noise)
+                vq_loss = output.vq_loss * vq_shares[rank(), i]
+                losses = {"flow": output.flow_loss, "vq": vq_loss}
                 for name, network in networks.items():
                     losses[name] = network(output, images)
                 loss = sum(weights[name] * value for name, value in losses.items())  # Eq. 7
