@@ -85,8 +85,6 @@ PRESETS = {
 # ---- Codes: the tokens of all images -------------------------------------------------------------
 
 SHARD = 4096  # images a file
-CENTRE = ((1, 1),)  # in halves of what is left over
-CORNERS_AND_CENTRE = ((0, 0), (2, 0), (0, 2), (2, 2), (1, 1))
 
 
 @dataclass
@@ -102,12 +100,11 @@ class FixedCrops:
     def __getitem__(self, i):
         image, label = read_any(self.source, i)
         size = self.size
-        ten = self.views == 10
-        image = to_tensor(center_crop(image, int(1.1 * size) if ten else size))
-        rest = image.shape[1] - size
+        rest = size // 10 if self.views == 10 else 0
+        image = to_tensor(center_crop(image, size + rest))
+        corners = [(0, 0), (rest, 0), (0, rest), (rest, rest)] if rest else []
         views = []                                                  # (3, H, W) each
-        for x, y in CORNERS_AND_CENTRE if ten else CENTRE:
-            left, top = rest * x // 2, rest * y // 2
+        for left, top in corners + [(rest // 2, rest // 2)]:
             views.append(image[:, top:top + size, left:left + size])
             if self.flip and self.views > 1:
                 views.append(views[-1].flip(-1))
