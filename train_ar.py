@@ -169,9 +169,10 @@ def evaluate(model, tokenizer, labels, tokens, config):
 
     columns = min(10, model.config.num_classes, config.eval_samples)
     column = torch.arange(config.eval_samples, device=labels.device) % columns
-    asked = column * model.config.num_classes // columns
+    classes = column * model.config.num_classes // columns
     torch.manual_seed(config.seed)
-    samples = tokenizer.decode(model.generate(asked, (config.cfg_start, config.cfg_end)))
+    drawn = model.generate(classes, (config.cfg_start, config.cfg_end))
+    samples = tokenizer.decode(drawn)
     return {"val_loss": loss, "val_accuracy": accuracy}, image_grid(samples, columns)
 
 

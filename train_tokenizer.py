@@ -158,10 +158,10 @@ class Folder:
             raise Mistake(f"{root} must hold one sub-folder of images a class")
         if unknown := folders - set(self.classes):
             raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
-        found = find_images(root, quiet=rank() > 0)
-        names = [name for name in found if os.sep in name]
-        if len(names) < len(found):
-            print0(f"{root}: left out {len(found) - len(names)} images in no class's folder")
+        images = find_images(root, quiet=rank() > 0)
+        names = [name for name in images if os.sep in name]
+        if len(names) < len(images):
+            print0(f"{root}: left out {len(images) - len(names)} images in no class's folder")
         labels = [normalize("NFC", name.split(os.sep)[0]) for name in names]
         if empty := folders - set(labels):
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
@@ -254,7 +254,7 @@ def random_crop(image, size, resize_max, flip, rng):
 
 
 @dataclass
-class Crops:
+class RandomCrops:
     """Random crops (3, H, W) of training images in the order of `item_at`; each a function of
     (seed, position)."""
     source: Shapes | Folder
@@ -263,7 +263,8 @@ class Crops:
 
     def __getitem__(self, position):
         config = self.config
-        image, _ = read_any(self.source, item_at(position, len(self.source), config.seed))
+        number = item_at(position, len(self.source), config.seed)
+        image, _ = read_any(self.source, number)
         rng = np.random.default_rng(seed_of(config.seed, "crop", position))
         return to_tensor(random_crop(image, self.size, config.resize_max, config.flip, rng))
 
@@ -468,7 +469,7 @@ class Record:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         return saved["step"]
 
-    def save(self, step, **more):
+    def save(self, step, **carried):
         """In the first process, writes last.pt when it is due: by the clock, at the end, and every
         `keep_every` steps, when another file stays. Raises a Mistake where a loss is not finite.
 
@@ -481,7 +482,7 @@ class Record:
         if rank() > 0 or not (due or keep or step == config.steps):
             return
         check_finite(self.sums)
-        checkpoint = {**pack(self.kind, self.parts["model"]), **more, "step": step,
+        checkpoint = {**pack(self.kind, self.parts["model"]), **carried, "step": step,
                       "optimizer": self.optimizer.state_dict(), "fixed": self.fixed,
                       "settings": asdict(config)}
         for name, part in self.parts.items():
@@ -494,7 +495,7 @@ class Record:
         write(f"{config.out}/last.pt", save)
         self.saved_at = time.time()
 
-    def log_means(self, step, **more):
+    def log_means(self, step, **others):
         """When a line is due, logs means over the steps since the last one and over processes; and,
         since the run began, images a second and the time left at that rate."""
         config = self.config
@@ -511,7 +512,7 @@ class Record:
         seconds = (time.time() - self.began) / (step - self.first_step)  # a step
         self.log(step=step, **means, lr=self.optimizer.param_groups[0]["lr"],
                  images_per_s=config.batch / seconds,
-                 hours_left=(config.steps - step) * seconds / 3600, **more)
+                 hours_left=(config.steps - step) * seconds / 3600, **others)
 
     def log(self, **numbers):
         """In the first process, prints a line and appends it to log.jsonl."""
@@ -580,8 +581,11 @@ def main(argv=None):
     size = architecture.image_size
     train, held_out = open_data(config.data, size)
     train.draft_size = size  # random crops need no more of a large JPEG
-    shown = [read_any(held_out, i)[0] for i in spread(config.eval_images, len(held_out))]
-    shown = torch.stack([to_tensor(center_crop(image, size)) for image in shown]).to(device)
+    val_images = []
+    for i in spread(config.eval_images, len(held_out)):
+        image, _ = read_any(held_out, i)
+        val_images.append(to_tensor(center_crop(image, size)))
+    val_images = torch.stack(val_images).to(device)                 # (n, 3, H, W)
 
     # Model, its running average, the networks of the losses
     torch.manual_seed(config.seed)
@@ -606,7 +610,7 @@ def main(argv=None):
     ddp = distribute(model, config, device)
 
     # Loop
-    data = load_crops(Crops(train, config, size), config, first_step, device)
+    data = load_crops(RandomCrops(train, config, size), config, first_step, device)
     for step in range(first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
@@ -650,7 +654,7 @@ def main(argv=None):
         used = use.idle < min(step, config.log_every)
         record.log_means(step, codebook=used.float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
-            numbers, picture = evaluate(ema, shown, config.seed)
+            numbers, picture = evaluate(ema, val_images, config.seed)
             record.log(step=step, **numbers)
             save_picture(f"{config.out}/reconstructions_{step:06d}.png", picture)
         record.save(step)
