@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_ar import AR, SIZES
-from sample import (Mistake, autocast, center_crop, compare_tokens, digest, guidance_end,
-                    image_grid, join_processes, leave_processes, load_ar, load_checkpoint,
-                    load_tokenizer, pack, parse, print0, rank, run, save_picture, seed_of, seeded,
-                    shards, spread, to_tensor, token_digest)
-from train_tokenizer import (Record, distribute, item_at, make_optimizer, open_data, positions,
-                             read_any, set_lr, update_ema)
+from sample import (Mistake, autocast, compare_tokens, digest, guidance_end, image_grid,
+                    join_processes, leave_processes, load_ar, load_checkpoint, load_tokenizer,
+                    pack, parse, print0, rank, run, save_picture, seed_of, seeded, shards, spread,
+                    token_digest)
+from train_tokenizer import (FixedCrops, Record, distribute, item_at, make_optimizer, open_data,
+                             positions, set_lr, update_ema)
 
 
 @dataclass
@@ -85,30 +85,6 @@ PRESETS = {
 # ---- Codes: the tokens of all images -------------------------------------------------------------
 
 SHARD = 4096  # images a file
-
-
-@dataclass
-class FixedCrops:
-    """Fixed crops of the images, of size x size pixels: item i is (views, 3, H, W) and a label.
-    10: the corners and the centre of the centred square of 1.1 x size (281 for 256), and their
-    mirrors. 2: the centre and its mirror. 1: the centre. Without `flip`, there are no mirrors."""
-    source: object  # of images, see `open_data`
-    size: int
-    views: int
-    flip: bool
-
-    def __getitem__(self, i):
-        image, label = read_any(self.source, i)
-        size = self.size
-        rest = size // 10 if self.views == 10 else 0
-        image = to_tensor(center_crop(image, size + rest))
-        corners = [(0, 0), (rest, 0), (0, rest), (rest, rest)] if rest else []
-        views = []                                                  # (3, H, W) each
-        for left, top in corners + [(rest // 2, rest // 2)]:
-            views.append(image[:, top:top + size, left:left + size])
-            if self.flip and self.views > 1:
-                views.append(views[-1].flip(-1))
-        return torch.stack(views), label
 
 
 @torch.no_grad()
@@ -216,7 +192,7 @@ def main(argv=None):
     codes = read_codes(config, tokenizer, train)
     if rank() == 0:
         chosen = spread(config.eval_images, len(held_out))
-        crops = FixedCrops(held_out, size, 1, False)
+        crops = FixedCrops(held_out, size)
         rows = encode_all(tokenizer, crops, chosen, config.workers)
         val_rows = torch.from_numpy(rows).to(device, torch.long)    # (n, 1 + N)
 

@@ -372,6 +372,30 @@ def evaluate(model, images, seed):
 
 # ---- What both trainers do -----------------------------------------------------------------------
 
+@dataclass
+class FixedCrops:
+    """Fixed crops of images: item i is (views, 3, H, W) and a label. 10: the corners and the centre
+    of the centred square of 1.1 x size (281 for 256), and their mirrors. 2: the centre and its
+    mirror. 1: the centre. Without `flip`, there are no mirrors."""
+    source: Shapes | Folder
+    size: int  # pixels a side
+    views: int = 1
+    flip: bool = False
+
+    def __getitem__(self, i):
+        image, label = read_any(self.source, i)
+        size = self.size
+        rest = size // 10 if self.views == 10 else 0
+        image = to_tensor(center_crop(image, size + rest))
+        corners = [(0, 0), (rest, 0), (0, rest), (rest, rest)] if rest else []
+        views = []                                                  # (3, H, W) each
+        for left, top in corners + [(rest // 2, rest // 2)]:
+            views.append(image[:, top:top + size, left:left + size])
+            if self.flip and self.views > 1:
+                views.append(views[-1].flip(-1))
+        return torch.stack(views), label
+
+
 def positions(config, step):
     """Positions of this process's images in a step, counted from 0, see `item_at`: a row for each
     backward pass, (accumulation steps, micro-batch). Raises Mistake."""
@@ -581,11 +605,9 @@ def main(argv=None):
     size = architecture.image_size
     train, held_out = open_data(config.data, size)
     train.draft_size = size  # random crops need no more of a large JPEG
-    val_images = []
-    for i in spread(config.eval_images, len(held_out)):
-        image, _ = read_any(held_out, i)
-        val_images.append(to_tensor(center_crop(image, size)))
-    val_images = torch.stack(val_images).to(device)                 # (n, 3, H, W)
+    chosen = spread(config.eval_images, len(held_out))
+    crops = FixedCrops(held_out, size)
+    val_images = torch.cat([crops[i][0] for i in chosen]).to(device)         # (n, 3, H, W)
 
     # Model, its running average, the networks of the losses
     torch.manual_seed(config.seed)
