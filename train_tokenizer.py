@@ -306,6 +306,24 @@ class RepaLoss(nn.Module):
         return 1 - cosines.mean()
 
 
+def loss_networks(config):
+    """The networks of LPIPS and REPA by name, where they count. The first process of each node
+    builds them before the others, which find its downloads."""
+    local_rank = dist.get_node_local_rank(fallback_rank=0)
+    if local_rank > 0:
+        wait()
+    networks = nn.ModuleDict()
+    if config.lpips:
+        print0("LPIPS needs a download, once; --lpips 0 trains without")
+        networks["lpips"] = PerceptualLoss()
+    if config.repa:
+        print0("REPA needs a download, once; --repa 0 trains without")
+        networks["repa"] = RepaLoss()
+    if local_rank == 0:
+        wait()
+    return networks
+
+
 class CodebookUse(nn.Module):
     """Steps for which each codebook row has gone unused, over all processes: idle, (V,)."""
 
@@ -563,17 +581,6 @@ def check_finite(numbers):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-def rank0_first(build):
-    """build() in the first process of each node, then in the others, which find its downloads."""
-    print0(f"{build.__name__} needs a download, once; --lpips 0 --repa 0 trains without")
-    local_rank = dist.get_node_local_rank(fallback_rank=0)
-    if local_rank > 0:
-        wait()
-    built = build()
-    if local_rank == 0:
-        wait()
-    return built
-
 
 def draw_times(batch, generator):
     """Times u (batch,) in [0, 1), one in each of as many equal parts: uniform, with less noise."""
@@ -617,12 +624,8 @@ def main(argv=None):
         model.load_state_dict({**model.state_dict(), **start})
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     use = CodebookUse(architecture.codebook_size).to(device)
+    networks = loss_networks(config).to(device)
     weights = {"flow": 1.0, "vq": config.vq, "lpips": config.lpips, "repa": config.repa}
-    networks = {}
-    if config.lpips:
-        networks["lpips"] = rank0_first(PerceptualLoss).to(device)
-    if config.repa:
-        networks["repa"] = rank0_first(RepaLoss).to(device)
 
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
@@ -652,8 +655,7 @@ def main(argv=None):
             ddp.require_backward_grad_sync = i == accumulation_steps - 1  # only DDP reads it
             with autocast(device):
                 output = ddp(images, u[rank(), i], noise)
-                vq_loss = output.vq_loss * vq_shares[rank(), i]
-                losses = {"flow": output.flow_loss, "vq": vq_loss}
+                losses = {"flow": output.flow_loss, "vq": output.vq_loss * vq_shares[rank(), i]}
                 for name, network in networks.items():
                     losses[name] = network(output, images)
                 loss = sum(weights[name] * value for name, value in losses.items())  # Eq. 7
