@@ -163,13 +163,14 @@ def start_from(model, path, classes, tokenizer):
     if names[0] == "0" and classes[0] == "n01440764" and len(names) == len(classes):
         names = classes  # the authors' files count the sorted classes of ImageNet
     weights = load_ar(path).state_dict()
-    *rows, null = weights["cls_embedding.weight"]                   # (D,) each
-    known = dict(zip(names, rows))
-    table = model.state_dict()["cls_embedding.weight"].clone()      # (classes + 1, D)
-    table[-1] = null
-    for row, name in zip(table, classes):
+    theirs = weights["cls_embedding.weight"]
+    ours = model.state_dict()["cls_embedding.weight"]               # (classes + 1, D)
+    ours[-1] = theirs[-1]  # the null class
+    known = dict(zip(names, theirs))
+    for row, name in zip(ours, classes):
         row.copy_(known.get(name, row))
-    model.load_state_dict({**weights, "cls_embedding.weight": table})
+    weights["cls_embedding.weight"] = ours
+    model.load_state_dict(weights)
     new = [name for name in classes if name not in known]
     print0(f"from {path}: {len(classes) - len(new)} classes by name; "
            f"{len(new)} new: {' '.join(new[:10])}")
