@@ -247,7 +247,7 @@ def main(argv=None):
         optimizer.zero_grad()
         update_ema(ema, model, config.ema)
 
-        # Log, evaluate, save
+        # Log, evaluate (which may draw random numbers, as each step seeds its own), save
         record.log_means(step)
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
             numbers, picture = evaluate(ema, tokenizer, val_rows[:, 0], val_rows[:, 1:], config)

@@ -6,8 +6,8 @@
 
 DIR holds one sub-folder of images a class, or `train` and `val` folders of such. The paper's run
 took about 5 days on 16 A100 GPUs (1,900 GPU-hours), the ablation model 8 hours on 4. Every setting
-below is a flag. The same command goes on where a run was killed, from out/tokenizer/last.pt, as if
-it had not been: with the images, times and noise that it would have seen.
+below is a flag. The same command goes on where a run was killed, from out/tokenizer/last.pt, with
+the images, times and noise that it would have seen; log.jsonl shows again the steps done again.
 """
 import copy
 import functools
@@ -64,7 +64,7 @@ class TrainConfig:
     # Losses
     vq: float = 1.0                 # weight of the codebook and commitment losses (Eq. 7)
     lpips: float = 0.5              # weight of LPIPS (Eq. 7); 0: neither computed nor downloaded
-    repa: float = 0.5               # weight of REPA (Eq. 7); 0: neither computed nor downloaded
+    repa: float = 0.5               # weight of REPA (Eq. 7); 0: the same, and repa_depth is 0
     reseed_after: int = 0           # steps until an unused codebook row is renewed; 0: never (ours)
     # The run
     seed: int = 0
@@ -120,8 +120,9 @@ class Shapes:
         return repr(self)
 
     def __getitem__(self, i):
-        rng = np.random.default_rng((0, self.first + i))
-        label = (self.first + i) % len(self.classes)
+        number = self.first + i
+        rng = np.random.default_rng((0, number))
+        label = number % len(self.classes)
 
         side = 4 * self.size  # drawn 4 times larger, then averaged
         ground = rng.integers(80, size=(2, 2), dtype=np.uint8)  # greys, one a corner
@@ -341,7 +342,8 @@ class CodebookUse(nn.Module):
     @torch.no_grad()
     def reseed(self, z, generator, after, codebooks):
         """Sets rows that have gone unused for `after` steps, and again after as many, to random
-        rows of z (B, N, C), in all `codebooks` (V, C), on all processes alike."""
+        rows of z (B, N, C), in all `codebooks` (V, C), on all processes alike: to those of the
+        first one, so that another number of processes draws others."""
         z = F.normalize(z.flatten(0, 1).float(), dim=-1)
         fresh = z[torch.randint(len(z), self.idle.shape, generator=generator, device=z.device)]
         if dist.is_initialized():
@@ -491,6 +493,7 @@ class Record:
         return self.first_step
 
     def load(self, path):
+        """Loads a checkpoint and returns its step. Raises a Mistake where it is of another run."""
         config = self.config
         saved = load_checkpoint(path, self.kind)
         # A field that came after the run began had its default then. A setting may change.
@@ -604,7 +607,7 @@ def main(argv=None):
     if config.repa == 0:
         architecture = replace(architecture, repa_depth=0)
     elif not 0 < architecture.repa_depth < architecture.diffusion_depth:
-        raise Mistake("--repa needs a --repa-depth above 0 and below --diffusion-depth; or --repa 0")
+        raise Mistake("--repa needs a --repa-depth above 0 and below --diffusion-depth, or be 0")
     device = join_processes()
     accumulation_steps = len(positions(config, 0))
 
@@ -674,7 +677,7 @@ def main(argv=None):
             use.reseed(output.z, seeded(config.seed, "reseed", step, device=device),
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
-        # Log, evaluate, save
+        # Log, evaluate (which may draw random numbers, as each step seeds its own), save
         used = use.idle < min(step, config.log_every)
         record.log_means(step, codebook=used.float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
