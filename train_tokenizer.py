@@ -584,7 +584,6 @@ def check_finite(numbers):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-
 def draw_times(batch, generator):
     """Times u (batch,) in [0, 1), one in each of as many equal parts: uniform, with less noise."""
     device = generator.device
