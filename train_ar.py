@@ -9,7 +9,6 @@ below is a flag; the same command goes on where a run was killed. Results are in
 checkpoints carry the tokenizer.
 """
 import copy
-import os
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -18,12 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_ar import AR, SIZES
-from sample import (Mistake, autocast, center_crop, compare_tokens, digest, guidance_end,
-                    image_grid, join_processes, leave_processes, load_ar, load_checkpoint,
-                    load_tokenizer, pack, parse, print0, rank, run, save_picture, seed_of, seeded,
-                    shards, spread, to_tensor, token_digest)
-from train_tokenizer import (Record, distribute, item_at, make_optimizer, open_data, passes_of,
-                             positions, read_any, set_lr, update_ema)
+from sample import (Mistake, autocast, compare_tokens, digest, guidance_end, image_grid,
+                    join_processes, leave_processes, load_ar, load_checkpoint, load_tokenizer,
+                    pack, parse, print0, rank, run, save_picture, seed_of, seeded, shards, spread,
+                    token_digest)
+from train_tokenizer import (FixedCrops, Record, distribute, item_at, make_optimizer, open_data,
+                             positions, set_lr, update_ema)
 
 
 @dataclass
@@ -86,42 +85,15 @@ PRESETS = {
 # ---- Codes: the tokens of all images -------------------------------------------------------------
 
 SHARD = 4096  # images a file
-CENTRE = ((1, 1),)  # in halves of what is left over
-CORNERS_AND_CENTRE = ((0, 0), (2, 0), (0, 2), (2, 2), (1, 1))
-
-
-@dataclass
-class Views:
-    """Fixed crops of the images, of size x size pixels: item i is (views, 3, H, W) and a label.
-    10: the corners and the centre of the centred square of 1.1 x size (281 for 256), and their
-    mirrors. 2: the centre and its mirror. 1: the centre. Without `flip`, there are no mirrors."""
-    source: object  # of images, see `open_data`
-    size: int
-    views: int
-    flip: bool
-
-    def __getitem__(self, i):
-        image, label = read_any(self.source, i)
-        size = self.size
-        ten = self.views == 10
-        image = to_tensor(center_crop(image, int(1.1 * size) if ten else size))
-        rest = image.shape[1] - size
-        views = []                                                  # (3, H, W) each
-        for x, y in CORNERS_AND_CENTRE if ten else CENTRE:
-            left, top = rest * x // 2, rest * y // 2
-            views.append(image[:, top:top + size, left:left + size])
-            if self.flip and self.views > 1:
-                views.append(views[-1].flip(-1))
-        return torch.stack(views), label
 
 
 @torch.no_grad()
-def encode_all(tokenizer, views, numbers, workers):
+def encode_all(tokenizer, crops, numbers, workers):
     """Rows (n, 1 + views * N) of images by number: the label, then the tokens of all crops, made in
     float32; in the smallest integers that hold them."""
     device = tokenizer.quantizer.codebook.device
     loader = torch.utils.data.DataLoader(
-        views, 128 // views.views, sampler=numbers, num_workers=workers)
+        crops, 128 // crops.views, sampler=numbers, num_workers=workers)
     rows = []
     for images, labels in loader:                                   # (n, views, 3, H, W)
         tokens = tokenizer.encode(images.flatten(0, 1).to(device))
@@ -135,10 +107,10 @@ def read_codes(config, tokenizer, train):
     """Labels and tokens of all images as in `encode_all`, memory-mapped from files of `SHARD` rows,
     which the first call writes. The folder is named after what makes tokens, and the images' names.
     """
-    views = Views(train, tokenizer.config.image_size, config.views, config.flip)
-    name = digest(token_digest(tokenizer), train, config.views, config.flip)
-    paths = shards(os.path.join(config.codes, name), len(train), SHARD,
-                   lambda numbers: encode_all(tokenizer, views, numbers, config.workers))
+    crops = FixedCrops(train, tokenizer.config.image_size, config.views, config.flip)
+    name = digest(token_digest(tokenizer), train.digest(), config.views, config.flip)
+    paths = shards(f"{config.codes}/{name}", len(train), SHARD,
+                   lambda numbers: encode_all(tokenizer, crops, numbers, config.workers))
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
@@ -147,10 +119,10 @@ def read_batch(codes, count, seed, places, num_tokens):
     view each."""
     numbers = [item_at(place, count, seed) for place in places]
     rows = np.stack([codes[i // SHARD][i % SHARD] for i in numbers])  # (n, 1 + views * N)
-    rows = torch.from_numpy(rows.astype(np.int64))
+    rows = torch.from_numpy(rows).long()
     tokens = rows[:, 1:].unflatten(1, (-1, num_tokens))             # (n, views, N)
-    view = [seed_of(seed, "view", place) % tokens.shape[1] for place in places]
-    return rows[:, 0], tokens[torch.arange(len(rows)), torch.tensor(view)]
+    chosen = [seed_of(seed, "view", place) % tokens.shape[1] for place in places]
+    return rows[:, 0], tokens[torch.arange(len(rows)), chosen]
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -172,10 +144,11 @@ def evaluate(model, tokenizer, labels, tokens, config):
     loss, accuracy = (sums / len(labels)).tolist()
 
     columns = min(10, model.config.num_classes, config.eval_samples)
-    classes = torch.linspace(0, model.config.num_classes - 1, columns).long()
-    asked = classes[torch.arange(config.eval_samples) % columns].to(labels.device)
+    column = torch.arange(config.eval_samples, device=labels.device) % columns
+    classes = column * model.config.num_classes // columns
     torch.manual_seed(config.seed)
-    samples = tokenizer.decode(model.generate(asked, (config.cfg_start, config.cfg_end)))
+    drawn = model.generate(classes, (config.cfg_start, config.cfg_end))
+    samples = tokenizer.decode(drawn)
     return {"val_loss": loss, "val_accuracy": accuracy}, image_grid(samples, columns)
 
 
@@ -187,19 +160,18 @@ def start_from(model, path, classes, tokenizer):
     saved = load_checkpoint(path, "ar")
     compare_tokens(saved, path, tokenizer)
     names = saved["classes"]
-    if names[0] == "0" and classes[0] == "n01440764" and len(names) == len(classes) == 1000:
+    if names[0] == "0" and classes[0] == "n01440764" and len(names) == len(classes):
         names = classes  # the authors' files count the sorted classes of ImageNet
     weights = load_ar(path).state_dict()
-    theirs = weights.pop("cls_embedding.weight")
+    theirs = weights["cls_embedding.weight"]
     ours = model.state_dict()["cls_embedding.weight"]               # (classes + 1, D)
     ours[-1] = theirs[-1]  # the null class
-    new = []
+    known = dict(zip(names, theirs))
     for row, name in zip(ours, classes):
-        if name in names:
-            row.copy_(theirs[names.index(name)])
-        else:
-            new.append(name)
-    model.load_state_dict({**model.state_dict(), **weights})
+        row.copy_(known.get(name, row))
+    weights["cls_embedding.weight"] = ours
+    model.load_state_dict(weights)
+    new = [name for name in classes if name not in known]
     print0(f"from {path}: {len(classes) - len(new)} classes by name; "
            f"{len(new)} new: {' '.join(new[:10])}")
 
@@ -212,22 +184,24 @@ def main(argv=None):
     if config.cfg_end == 0:
         config.cfg_end = guidance_end(SIZES[config.size].depth)
     device = join_processes()
-    passes = passes_of(config)
+    accumulation_steps = len(positions(config, 0))
 
     # Data: the tokens of all images, and of some held-out ones
     tokenizer = load_tokenizer(config.tokenizer, device)
-    size, num_tokens = tokenizer.config.image_size, tokenizer.config.num_tokens
+    size = tokenizer.config.image_size
     train, held_out = open_data(config.data, size)
     codes = read_codes(config, tokenizer, train)
     if rank() == 0:
         chosen = spread(config.eval_images, len(held_out))
-        val = encode_all(tokenizer, Views(held_out, size, 1, False), chosen, config.workers)
-        val = torch.from_numpy(val.astype(np.int64)).to(device)     # (n, 1 + N)
+        crops = FixedCrops(held_out, size)
+        rows = encode_all(tokenizer, crops, chosen, config.workers)
+        val_rows = torch.from_numpy(rows).to(device, torch.long)    # (n, 1 + N)
 
     # Model and its running average
     architecture = replace(
-        SIZES[config.size], num_tokens=num_tokens, vocab_size=tokenizer.config.codebook_size,
-        dropout=config.dropout, num_classes=len(train.classes))
+        SIZES[config.size], num_tokens=tokenizer.config.num_tokens,
+        vocab_size=tokenizer.config.codebook_size, dropout=config.dropout,
+        num_classes=len(train.classes))
     torch.manual_seed(config.seed)
     model = AR(architecture).to(device)
     if config.init_from:
@@ -236,37 +210,36 @@ def main(argv=None):
 
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
-    fixed = {**asdict(replace(architecture, dropout=0.0)), "tokens": token_digest(tokenizer),
-             **{f"class {i}": name for i, name in enumerate(train.classes)}}
-    parts = {"model": model, "ema": ema}
-    if config.ema == 0:
-        del parts["ema"]  # it is the model
-    record = Record(config, "ar", parts, optimizer, fixed, len(train))
+    fixed = {**asdict(architecture), "tokens": token_digest(tokenizer), "classes": train.classes}
+    record = Record(config, "ar", {"model": model, "ema": ema}, optimizer, fixed)
+    first_step = record.resume()
     ddp = distribute(model, config, device)
     packed = pack("tokenizer", tokenizer)
 
     # Loop
-    for step in range(record.first_step + 1, config.steps + 1):
+    for step in range(first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
         # Labels and tokens; all processes draw for the whole batch which labels are dropped
-        mine = positions(config, step - 1)
-        labels, tokens = read_batch(codes, len(train), config.seed, mine, num_tokens)
+        numbers = positions(config, step - 1).flatten()
+        labels, tokens = read_batch(codes, len(train), config.seed, numbers,
+                                    architecture.num_tokens)
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
-        dropped = dropped[mine % config.batch] < config.class_dropout
-        labels = labels.masked_fill(dropped, architecture.num_classes)
+        dropped = dropped[numbers % config.batch] < config.class_dropout
+        labels[dropped] = architecture.num_classes  # the null class
         labels = labels.to(device, non_blocking=True)               # (n,)
         tokens = tokens.to(device, non_blocking=True)               # (n, N)
         torch.manual_seed(seed_of(config.seed, "dropout", step, rank()))
 
         # Forward and backward, a micro-batch at a time
-        for i in range(passes):
-            ddp.require_backward_grad_sync = i == passes - 1  # which only DDP reads
+        parts = zip(labels.chunk(accumulation_steps), tokens.chunk(accumulation_steps))
+        for i, part in enumerate(parts):
+            ddp.require_backward_grad_sync = i == accumulation_steps - 1  # only DDP reads it
             with autocast(device):
-                loss, accuracy = token_loss(ddp, labels.chunk(passes)[i], tokens.chunk(passes)[i])
-            (loss / passes).backward()
-            record.sums["loss"] += loss.detach() / passes
-            record.sums["accuracy"] += accuracy / passes
+                loss, accuracy = token_loss(ddp, *part)
+            (loss / accumulation_steps).backward()
+            record.sums["loss"] += loss.detach() / accumulation_steps
+            record.sums["accuracy"] += accuracy / accumulation_steps
 
         # Step
         record.sums["gradient"] += nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -274,12 +247,12 @@ def main(argv=None):
         optimizer.zero_grad()
         update_ema(ema, model, config.ema)
 
-        # Log, evaluate, save
+        # Log, evaluate (which may draw random numbers, as each step seeds its own), save
         record.log_means(step)
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
-            numbers, picture = evaluate(ema, tokenizer, val[:, 0], val[:, 1:], config)
+            numbers, picture = evaluate(ema, tokenizer, val_rows[:, 0], val_rows[:, 1:], config)
             record.log(step=step, **numbers)
-            save_picture(record.path(f"samples_{step:06d}.png"), picture)
+            save_picture(f"{config.out}/samples_{step:06d}.png", picture)
         record.save(step, classes=train.classes, tokenizer=packed)
     leave_processes()
 

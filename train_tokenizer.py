@@ -6,8 +6,8 @@
 
 DIR holds one sub-folder of images a class, or `train` and `val` folders of such. The paper's run
 took about 5 days on 16 A100 GPUs (1,900 GPU-hours), the ablation model 8 hours on 4. Every setting
-below is a flag. The same command goes on where a run was killed, from out/tokenizer/last.pt, as if
-it had not been: with the images, times and noise that it would have seen.
+below is a flag. The same command goes on where a run was killed, from out/tokenizer/last.pt, with
+the images, times and noise that it would have seen; log.jsonl shows again the steps done again.
 """
 import copy
 import functools
@@ -15,16 +15,16 @@ import json
 import math
 import os
 import time
-import unicodedata
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from unicodedata import normalize
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,7 +64,7 @@ class TrainConfig:
     # Losses
     vq: float = 1.0                 # weight of the codebook and commitment losses (Eq. 7)
     lpips: float = 0.5              # weight of LPIPS (Eq. 7); 0: neither computed nor downloaded
-    repa: float = 0.5               # weight of REPA (Eq. 7); 0: neither computed nor downloaded
+    repa: float = 0.5               # weight of REPA (Eq. 7); 0: the same, and repa_depth is 0
     reseed_after: int = 0           # steps until an unused codebook row is renewed; 0: never (ours)
     # The run
     seed: int = 0
@@ -111,27 +111,31 @@ class Shapes:
     first: int
     count: int
     size: int  # pixels a side
-    classes = [*SHAPES]
+    classes = list(SHAPES)
 
     def __len__(self):
         return self.count
 
+    def digest(self):
+        return repr(self)
+
     def __getitem__(self, i):
-        rng = np.random.default_rng((0, self.first + i))
-        label = (self.first + i) % len(self.classes)
+        number = self.first + i
+        rng = np.random.default_rng((0, number))
+        label = number % len(self.classes)
 
         side = 4 * self.size  # drawn 4 times larger, then averaged
         ground = rng.integers(80, size=(2, 2), dtype=np.uint8)  # greys, one a corner
-        picture = Image.fromarray(ground).resize((side, side), Image.Resampling.BILINEAR)
+        picture = Image.fromarray(ground).resize((side, side), Image.BILINEAR)
         picture = picture.convert("RGB")
         rows = SHAPES[self.classes[label]].split()
-        mask = Image.fromarray(np.array([*map(list, rows)]) == "#")
+        mask = Image.fromarray(np.array([list(row) for row in rows]) == "#")
         size = int(side * rng.uniform(0.8, 0.95))
-        left, top = ((side - size) * rng.uniform(0.35, 0.65, 2)).astype(int).tolist()
+        left, top = ((side - size) * rng.uniform(0.35, 0.65, 2)).astype(int)
         hue = 60 * rng.integers(6) + rng.integers(12)  # red, yellow, green, cyan, blue, magenta
-        colour = ImageColor.getrgb(f"hsv({hue},85%,{rng.integers(85, 101)}%)")
+        colour = f"hsv({hue},85%,{rng.integers(85, 101)}%)"
         picture.paste(colour, (left, top), mask.resize((size, size)))
-        return picture.resize((self.size, self.size), Image.Resampling.BOX), label
+        return picture.resize((self.size, self.size), Image.BOX), label
 
 
 # ---- Folders of images ---------------------------------------------------------------------------
@@ -149,18 +153,18 @@ class Folder:
     def __init__(self, root, classes=None):
         self.root = root
         # In one form: systems write accents in two ways
-        folders = {unicodedata.normalize("NFC", name): name for name in subfolders(root)}
+        folders = {normalize("NFC", name) for name in subfolders(root)}
         self.classes = classes or sorted(folders)
         if not folders:
             raise Mistake(f"{root} must hold one sub-folder of images a class")
-        if unknown := set(folders) - set(self.classes):
+        if unknown := folders - set(self.classes):
             raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
-        found = find_images(root, quiet=rank() > 0)
-        names = [name for name in found if os.sep in name]
-        if len(names) < len(found):
-            print0(f"{root}: left out {len(found) - len(names)} images in no class's folder")
-        labels = [unicodedata.normalize("NFC", name.split(os.sep)[0]) for name in names]
-        if empty := set(folders) - set(labels):
+        images = find_images(root, quiet=rank() > 0)
+        names = [name for name in images if os.sep in name]
+        if len(names) < len(images):
+            print0(f"{root}: left out {len(images) - len(names)} images in no class's folder")
+        labels = [normalize("NFC", name.split(os.sep)[0]) for name in names]
+        if empty := folders - set(labels):
             raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
         # Two blocks of memory, which the processes that load images share
         self.names = np.array([os.fsencode(name) for name in names])
@@ -173,7 +177,7 @@ class Folder:
         part.labels = self.labels[chosen]
         return part
 
-    def __repr__(self):
+    def digest(self):
         """Stands for the images, by their names, and their labels."""
         return digest(self.names.tobytes(), self.labels.tobytes())
 
@@ -181,8 +185,8 @@ class Folder:
         return len(self.names)
 
     def __getitem__(self, i):
-        path = os.path.join(self.root, os.fsdecode(self.names[i]))
-        return read_image(path, self.draft_size), int(self.labels[i])
+        path = f"{self.root}/{os.fsdecode(self.names[i])}"
+        return read_image(path, self.draft_size), self.labels[i]
 
 
 HELD_OUT = ("val", "valid", "validation", "test")
@@ -198,19 +202,19 @@ def open_data(data, size):
         raise Mistake(f"no folder {data}; give --data DIR with one sub-folder of images a class, "
                       "or --preset toy for the built-in pictures")
     folders = subfolders(data)
+    if "train" in folders and subfolders(f"{data}/train"):
+        train = Folder(f"{data}/train")
+    else:
+        train = Folder(data)
+        folders = []  # these are names of classes
     held_out = [name for name in HELD_OUT if name in folders][:1]
-    unused = []
-    if "train" in folders and subfolders(os.path.join(data, "train")):
-        train = Folder(os.path.join(data, "train"))
-        unused = [name for name in folders if name not in ["train"] + held_out]
-    else:  # these are names of classes
-        train, held_out = Folder(data), []
     if held_out:
-        val = Folder(os.path.join(data, held_out[0]), train.classes)
+        val = Folder(f"{data}/{held_out[0]}", train.classes)
     else:
         chosen = np.arange(len(train)) % 100 == 0
         val = train.subset(chosen)
         train = train.subset(~chosen) if len(train) > 1 else train
+    unused = sorted(set(folders) - {"train", *held_out})
     print0(f"{train.root}: {len(train):,} images; held out: {len(val):,} in {val.root}; not used: "
            f"{' '.join(unused) or 'none'}; {len(train.classes)} classes: "
            f"{' '.join(train.classes[:10])}")
@@ -237,13 +241,13 @@ def item_at(position, count, seed):
     function of its arguments: a resumed run sees what the uninterrupted one would, on any
     processes."""
     epoch, place = divmod(position, count)
-    return int(order_of(count, seed, epoch)[place])
+    return order_of(count, seed, epoch)[place]
 
 
 def random_crop(image, size, resize_max, flip, rng):
     """A random square of size x size pixels after the shorter side is resized to size ...
     resize_max x size, mirrored half of the time if `flip`."""
-    image = resize_shorter(image, int(rng.integers(size, int(size * resize_max) + 1)))
+    image = resize_shorter(image, rng.integers(size, int(size * resize_max) + 1))
     left = rng.integers(image.width - size + 1)
     top = rng.integers(image.height - size + 1)
     image = image.crop((left, top, left + size, top + size))
@@ -251,7 +255,7 @@ def random_crop(image, size, resize_max, flip, rng):
 
 
 @dataclass
-class Crops:
+class RandomCrops:
     """Random crops (3, H, W) of training images in the order of `item_at`; each a function of
     (seed, position)."""
     source: Shapes | Folder
@@ -260,27 +264,10 @@ class Crops:
 
     def __getitem__(self, position):
         config = self.config
-        image, _ = read_any(self.source, item_at(position, len(self.source), config.seed))
+        number = item_at(position, len(self.source), config.seed)
+        image, _ = read_any(self.source, number)
         rng = np.random.default_rng(seed_of(config.seed, "crop", position))
         return to_tensor(random_crop(image, self.size, config.resize_max, config.flip, rng))
-
-
-def passes_of(config):
-    """Backward passes a step. Raises a Mistake where the batch does not divide."""
-    share = config.batch // world()
-    if config.batch % world():
-        raise Mistake(f"--batch {config.batch} does not divide into {world()} processes")
-    if share % min(config.micro_batch, share):
-        raise Mistake(f"the {share} images of a process's share of --batch do not divide into "
-                      f"--micro-batch {config.micro_batch}")
-    return share // min(config.micro_batch, share)
-
-
-def positions(config, step):
-    """Positions (n,) of this process in a step, counted from 0, see `item_at`."""
-    share = config.batch // world()
-    first = step * config.batch + rank() * share
-    return np.arange(first, first + share)
 
 
 # ---- Losses and the codebook ---------------------------------------------------------------------
@@ -320,19 +307,22 @@ class RepaLoss(nn.Module):
         return 1 - cosines.mean()
 
 
-def in_turn(build):
-    """build() in the first process of each node, then in the others, which find its downloads."""
-    first = dist.get_node_local_rank(fallback_rank=0) == 0
-    if not first:
+def loss_networks(config):
+    """The networks of LPIPS and REPA by name, where they count. The first process of each node
+    builds them before the others, which find its downloads."""
+    local_rank = dist.get_node_local_rank(fallback_rank=0)
+    if local_rank > 0:
         wait()
-    try:
-        built = build()
-    except OSError as error:
-        raise Mistake(f"{build.__name__} needs a download ({error}); --lpips 0 --repa 0 trains "
-                      "without") from None
-    if first:
+    networks = nn.ModuleDict()
+    if config.lpips:
+        print0("LPIPS needs a download, once; --lpips 0 trains without")
+        networks["lpips"] = PerceptualLoss()
+    if config.repa:
+        print0("REPA needs a download, once; --repa 0 trains without")
+        networks["repa"] = RepaLoss()
+    if local_rank == 0:
         wait()
-    return built
+    return networks
 
 
 class CodebookUse(nn.Module):
@@ -345,14 +335,15 @@ class CodebookUse(nn.Module):
     def update(self, tokens):
         """Counts one more step, in which this process saw `tokens` (any shape)."""
         self.idle += 1
-        self.idle[tokens.flatten()] = 0
+        self.idle[tokens] = 0
         if dist.is_initialized():
             dist.all_reduce(self.idle, dist.ReduceOp.MIN)
 
     @torch.no_grad()
     def reseed(self, z, generator, after, codebooks):
         """Sets rows that have gone unused for `after` steps, and again after as many, to random
-        rows of z (B, N, C), in all `codebooks` (V, C), on all processes alike."""
+        rows of z (B, N, C), in all `codebooks` (V, C), on all processes alike: to those of the
+        first one, so that another number of processes draws others."""
         z = F.normalize(z.flatten(0, 1).float(), dim=-1)
         fresh = z[torch.randint(len(z), self.idle.shape, generator=generator, device=z.device)]
         if dist.is_initialized():
@@ -369,16 +360,18 @@ def group_knows(model, images, noise, tokens):
     taken from another image, over that with the image's own. 1: nothing, the group is dead.
     images, noise: (B, 3, H, W), tokens: (B, N), of two images or more."""
     config = model.config
+    groups = config.num_groups
     x1 = config.sigma * images
+
+    def flow_loss(tokens, step):
+        xt = interpolate(x1, noise, step.t)
+        return F.mse_loss(model.velocity(xt, step, model.condition(tokens)), x1 - noise)
+
     ratios = []
-    for step in sampling_schedule(config.num_groups, config.num_groups, config.beta,
-                                  config.num_groups):
+    for step in sampling_schedule(groups, groups, config.beta, groups):
         first = step.group * config.group_size  # what comes after the group plays no part
         exchanged = torch.cat([tokens[:, :first], tokens.roll(1, 0)[:, first:]], 1)  # (B, N)
-        xt = interpolate(x1, noise, step.t)
-        own, other = (model.velocity(xt, step, model.condition(chosen)) - (x1 - noise)
-                      for chosen in (tokens, exchanged))
-        ratios.append(other.pow(2).mean() / own.pow(2).mean())
+        ratios.append(flow_loss(exchanged, step) / flow_loss(tokens, step))
     return torch.stack(ratios)
 
 
@@ -389,15 +382,52 @@ def evaluate(model, images, seed):
     noise = torch.randn(images.shape, generator=seeded(seed, "evaluation")).to(images.device)
     tokens = model.encode(images)                                   # (B, N)
     with autocast(images.device):
-        previews = [*model.stream(tokens.split(model.config.group_size, 1), noise)]
+        previews = list(model.stream(tokens.split(model.config.group_size, 1), noise))
         numbers = {"psnr_by_group": [psnr(preview, images) for preview in previews]}
         if len(images) > 1:
             numbers["group_knows"] = group_knows(model, images, noise, tokens).tolist()
-    shown = torch.stack([images, *previews], 1)[:8]                 # (8, 1 + K, 3, H, W)
-    return numbers, image_grid(shown.flatten(0, 1), shown.shape[1])
+    rows = torch.stack([images, *previews], 1)[:8]                  # (8, 1 + K, 3, H, W)
+    return numbers, image_grid(rows.flatten(0, 1), rows.shape[1])
 
 
 # ---- What both trainers do -----------------------------------------------------------------------
+
+@dataclass
+class FixedCrops:
+    """Fixed crops of images: item i is (views, 3, H, W) and a label. 10: the corners and the centre
+    of the centred square of 1.1 x size (281 for 256), and their mirrors. 2: the centre and its
+    mirror. 1: the centre. Without `flip`, there are no mirrors."""
+    source: Shapes | Folder
+    size: int  # pixels a side
+    views: int = 1
+    flip: bool = False
+
+    def __getitem__(self, i):
+        image, label = read_any(self.source, i)
+        size = self.size
+        rest = size // 10 if self.views == 10 else 0
+        image = to_tensor(center_crop(image, size + rest))
+        corners = [(0, 0), (rest, 0), (0, rest), (rest, rest)] if rest else []
+        views = []                                                  # (3, H, W) each
+        for left, top in corners + [(rest // 2, rest // 2)]:
+            views.append(image[:, top:top + size, left:left + size])
+            if self.flip and self.views > 1:
+                views.append(views[-1].flip(-1))
+        return torch.stack(views), label
+
+
+def positions(config, step):
+    """Positions of this process's images in a step, counted from 0, see `item_at`: a row for each
+    backward pass, (accumulation steps, micro-batch). Raises Mistake."""
+    share, rest = divmod(config.batch, world())
+    micro_batch = min(config.micro_batch, share)
+    if rest or share % micro_batch:
+        raise Mistake(f"the {config.batch} images of --batch do not divide into {world()} "
+                      "process(es) and the share of each, if it is larger, into --micro-batch "
+                      f"{config.micro_batch}")
+    numbers = step * config.batch + np.arange(config.batch)
+    return numbers.reshape(world(), -1, micro_batch)[rank()]
+
 
 def make_optimizer(model, config):
     """AdamW, with weight decay of matrices only. `set_lr` sets the learning rate of each step."""
@@ -434,13 +464,6 @@ def distribute(model, config, device):
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def differences(old, new):
-    """The first entries of the dict `new` that differ from those of `old`, as a text."""
-    texts = [f"{name} {new[name]} (was {value})" for name, value in old.items()
-             if new.get(name, value) != value]
-    return ", ".join(texts[:8])
-
-
 @dataclass
 class Record:
     """What a run keeps in its folder: the checkpoint, from which it goes on, and the log."""
@@ -449,48 +472,49 @@ class Record:
     parts: dict         # modules by name, among them "model" and its average "ema"
     optimizer: torch.optim.Optimizer
     fixed: dict         # what must not change in a run, while settings may
-    num_images: int
-
-    def __post_init__(self):
-        self.settings = {**asdict(self.config), "images": self.num_images}
-        self.sums = defaultdict(float)  # of losses since the last log line
-        self.first_step = self.logged = self.resume()
-        if dist.is_initialized():
-            steps = [None] * world()
-            dist.all_gather_object(steps, self.first_step)
-            if len(set(steps)) > 1:
-                raise Mistake(f"processes found checkpoints of different steps, {sorted(set(steps))}: "
-                              "all nodes must see the same --out")
-        self.began = self.saved_at = time.time()
-        size = sum(parameter.numel() for parameter in self.parts["model"].parameters())
-        print0(f"{self.kind}: {size:,} parameters, {self.num_images:,} training images, {world()} "
-               f"process(es), step {self.first_step} of {self.config.steps}")
-
-    def path(self, name):
-        return os.path.join(self.config.out, name)
 
     def resume(self):
-        """Loads the checkpoint, if there is one, and returns its step. Raises Mistake."""
-        os.makedirs(self.config.out, exist_ok=True)
-        path = self.path("last.pt")
-        if not os.path.exists(path):
-            return 0
+        """Loads last.pt, if there is one. Returns its step, else 0. Raises Mistake."""
+        config = self.config
+        path = f"{config.out}/last.pt"
+        self.first_step = self.load(path) if os.path.exists(path) else 0
+        steps = [self.first_step] * world()
+        if dist.is_initialized():
+            dist.all_gather_object(steps, self.first_step)
+        if len(set(steps)) > 1:
+            raise Mistake(f"processes found checkpoints of different steps, {sorted(set(steps))}: "
+                          "all nodes must see the same --out")
+        size = sum(parameter.numel() for parameter in self.parts["model"].parameters())
+        print0(f"{self.kind}: {size:,} parameters, {world()} process(es), step {self.first_step} "
+               f"of {config.steps}")
+        self.sums = defaultdict(float)  # of losses since the last log line
+        self.logged = self.first_step
+        self.began = self.saved_at = time.time()
+        return self.first_step
+
+    def load(self, path):
+        """Loads a checkpoint and returns its step. Raises a Mistake where it is of another run."""
+        config = self.config
         saved = load_checkpoint(path, self.kind)
-        # A field that came after the run began had its default then.
-        fixed = {**asdict(type(self.parts["model"].config)()), **saved.get("fixed", {})}
-        if changed := differences(fixed, self.fixed):
-            raise Mistake(f"{path} is of another run: {changed}; give another --out")
-        if saved["step"] > self.config.steps:
-            raise Mistake(f"{path} is of step {saved['step']}, beyond --steps {self.config.steps}")
-        if changed := differences(saved["settings"], self.settings):
-            print0(f"going on with other settings: {changed}")
+        # A field that came after the run began had its default then. A setting may change.
+        defaults = asdict(type(self.parts["model"].config)())
+        old = {**defaults, **saved, **saved["fixed"], **saved["settings"]}
+        for name, value in {**self.fixed, **asdict(config)}.items():
+            if old.get(name, value) != value:
+                change = f"{name} {value!s:.99} (was {old[name]!s:.99})"
+                if name not in saved["settings"]:
+                    raise Mistake(f"{path} is of another run: {change}; give another --out")
+                print0(f"going on with another setting: {change}")
+        if saved["step"] > config.steps:
+            raise Mistake(f"{path} is of step {saved['step']}, beyond --steps {config.steps}")
         for name, part in self.parts.items():
             part.load_state_dict(saved.get(name, saved["model"]))  # there may be no average
-        groups = self.optimizer.state_dict()["param_groups"]  # betas and decay of this command
-        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+        # With the betas and the decay of this command
+        state = saved["optimizer"]["state"]
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         return saved["step"]
 
-    def save(self, step, **more):
+    def save(self, step, **carried):
         """In the first process, writes last.pt when it is due: by the clock, at the end, and every
         `keep_every` steps, when another file stays. Raises a Mistake where a loss is not finite.
 
@@ -503,48 +527,53 @@ class Record:
         if rank() > 0 or not (due or keep or step == config.steps):
             return
         check_finite(self.sums)
-        states = {part: module.state_dict() for part, module in self.parts.items()}
-        checkpoint = {**pack(self.kind, self.parts["model"]), **states, **more, "step": step,
+        checkpoint = {**pack(self.kind, self.parts["model"]), **carried, "step": step,
                       "optimizer": self.optimizer.state_dict(), "fixed": self.fixed,
-                      "settings": self.settings}
-        for name in [f"step_{step}.pt"] * bool(keep) + ["last.pt"]:
-            write(self.path(name), lambda file: torch.save(checkpoint, file))
+                      "settings": asdict(config)}
+        for name, part in self.parts.items():
+            checkpoint[name] = part.state_dict()
+        if config.ema == 0:
+            del checkpoint["ema"]  # it is the model
+        save = functools.partial(torch.save, checkpoint)
+        if keep:
+            write(f"{config.out}/step_{step}.pt", save)
+        write(f"{config.out}/last.pt", save)
         self.saved_at = time.time()
 
-    def log_means(self, step, **more):
+    def log_means(self, step, **others):
         """When a line is due, logs means over the steps since the last one and over processes; and,
         since the run began, images a second and the time left at that rate."""
         config = self.config
         if step % config.log_every and step < config.steps:
             return
-        means = torch.stack([*self.sums.values()])
+        means = torch.stack(list(self.sums.values()))
         if dist.is_initialized():
             dist.all_reduce(means)
         means /= world() * (step - self.logged)
-        self.logged = step
         means = dict(zip(self.sums, means.tolist()))
         check_finite(means)
         self.sums.clear()
-        rate = (step - self.first_step) * config.batch / (time.time() - self.began)
-        left = (config.steps - step) * config.batch / rate / 3600
-        more = {name: float(value) for name, value in more.items()}
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.log(step=step, **means, lr=lr, images_per_s=rate, hours_left=left, **more)
+        self.logged = step
+        seconds = (time.time() - self.began) / (step - self.first_step)  # a step
+        self.log(step=step, **means, lr=self.optimizer.param_groups[0]["lr"],
+                 images_per_s=config.batch / seconds,
+                 hours_left=(config.steps - step) * seconds / 3600, **others)
 
     def log(self, **numbers):
         """In the first process, prints a line and appends it to log.jsonl."""
         line = json.dumps({name: significant(value) for name, value in numbers.items()})
         print0(line)
         if rank() == 0:
-            with open(self.path("log.jsonl"), "a") as file:
+            os.makedirs(self.config.out, exist_ok=True)
+            with open(f"{self.config.out}/log.jsonl", "a") as file:
                 print(line, file=file)
 
 
 def significant(value):
-    """A number, or each of a list, with six significant digits."""
+    """A number, or each of a list, with six significant digits; whole numbers as they are."""
     if isinstance(value, list):
         return [significant(number) for number in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def check_finite(numbers):
@@ -564,10 +593,10 @@ def draw_times(batch, generator):
 
 
 def load_crops(crops, config, first_step, device):
-    """Images (micro, 3, H, W) of this process from a step on."""
-    mine = chain.from_iterable(positions(config, i) for i in range(first_step, config.steps))
+    """Yields images (micro, 3, H, W) of this process from a step on."""
+    steps = range(first_step, config.steps)
     return iter(torch.utils.data.DataLoader(
-        crops, config.batch // world() // passes_of(config), sampler=mine,
+        crops, batch_sampler=chain.from_iterable(positions(config, step) for step in steps),
         num_workers=config.workers, pin_memory=device.type == "cuda"))
 
 
@@ -577,16 +606,17 @@ def main(argv=None):
     if config.repa == 0:
         architecture = replace(architecture, repa_depth=0)
     elif not 0 < architecture.repa_depth < architecture.diffusion_depth:
-        raise Mistake("--repa needs a --repa-depth above 0 and below --diffusion-depth; or --repa 0")
+        raise Mistake("--repa needs a --repa-depth above 0 and below --diffusion-depth, or be 0")
     device = join_processes()
-    passes = passes_of(config)
+    accumulation_steps = len(positions(config, 0))
 
     # Data
     size = architecture.image_size
     train, held_out = open_data(config.data, size)
     train.draft_size = size  # random crops need no more of a large JPEG
-    shown = [read_any(held_out, i)[0] for i in spread(config.eval_images, len(held_out))]
-    shown = torch.stack([to_tensor(center_crop(image, size)) for image in shown]).to(device)
+    chosen = spread(config.eval_images, len(held_out))
+    crops = FixedCrops(held_out, size)
+    val_images = torch.cat([crops[i][0] for i in chosen]).to(device)         # (n, 3, H, W)
 
     # Model, its running average, the networks of the losses
     torch.manual_seed(config.seed)
@@ -596,52 +626,45 @@ def main(argv=None):
         model.load_state_dict({**model.state_dict(), **start})
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     use = CodebookUse(architecture.codebook_size).to(device)
+    networks = loss_networks(config).to(device)
     weights = {"flow": 1.0, "vq": config.vq, "lpips": config.lpips, "repa": config.repa}
-    networks = {}
-    if config.lpips:
-        networks["lpips"] = in_turn(PerceptualLoss).to(device)
-    if config.repa:
-        networks["repa"] = in_turn(RepaLoss).to(device)
 
     # Optimizer; the checkpoint, if the run goes on; compiled and distributed model
     optimizer = make_optimizer(model, config)
     parts = {"model": model, "ema": ema, "use": use}
-    if config.ema == 0:
-        del parts["ema"]  # it is the model
-    record = Record(config, "tokenizer", parts, optimizer, asdict(architecture), len(train))
+    record = Record(config, "tokenizer", parts, optimizer, asdict(architecture))
+    first_step = record.resume()
     ddp = distribute(model, config, device)
 
     # Loop
-    data = load_crops(Crops(train, config, size), config, record.first_step, device)
-    for step in range(record.first_step + 1, config.steps + 1):
+    data = load_crops(RandomCrops(train, config, size), config, first_step, device)
+    for step in range(first_step + 1, config.steps + 1):
         set_lr(optimizer, step, config)
 
-        # Times of the whole batch, in all processes alike
-        u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))  # (batch,)
+        # Times of the whole batch, in all processes alike: (processes, accumulation steps, micro)
+        u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))
+        u = u.view(world(), accumulation_steps, -1)
         # A pass's VQ loss is a mean over the tokens of its groups. It counts as they do beside
         # those of a mean pass, so that any split of the batch takes the same step.
         groups_read = group_of(u, architecture.num_groups) + 1
-        mean_groups_read = groups_read.mean()
+        vq_shares = groups_read.mean(2) / groups_read.mean()
 
         # Forward and backward, a micro-batch at a time
         tokens = []
-        for numbers in np.split(positions(config, step - 1), passes):
-            images = next(data).to(device, non_blocking=True)  # (micro, 3, H, W)
+        for i, numbers in enumerate(positions(config, step - 1)):
+            images = next(data).to(device, non_blocking=True)       # (micro, 3, H, W)
             noise = draw_noise((config.seed, "noise"), numbers, size, device)
-            first = numbers[0] % config.batch
-            part = slice(first, first + len(numbers))  # of the whole batch
-            vq_share = groups_read[part].mean() / mean_groups_read
-            ddp.require_backward_grad_sync = len(tokens) == passes - 1  # which only DDP reads
+            ddp.require_backward_grad_sync = i == accumulation_steps - 1  # only DDP reads it
             with autocast(device):
-                output = ddp(images, u[part], noise)
-                losses = {"flow": output.flow_loss, "vq": output.vq_loss * vq_share}
+                output = ddp(images, u[rank(), i], noise)
+                losses = {"flow": output.flow_loss, "vq": output.vq_loss * vq_shares[rank(), i]}
                 for name, network in networks.items():
                     losses[name] = network(output, images)
                 loss = sum(weights[name] * value for name, value in losses.items())  # Eq. 7
-            (loss / passes).backward()
+            (loss / accumulation_steps).backward()
             tokens.append(output.tokens)
             for name, value in losses.items():
-                record.sums[name] += value.detach() / passes
+                record.sums[name] += value.detach() / accumulation_steps
 
         # Step
         record.sums["gradient"] += nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -653,13 +676,13 @@ def main(argv=None):
             use.reseed(output.z, seeded(config.seed, "reseed", step, device=device),
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
-        # Log, evaluate, save
+        # Log, evaluate (which may draw random numbers, as each step seeds its own), save
         used = use.idle < min(step, config.log_every)
         record.log_means(step, codebook=used.float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
-            numbers, picture = evaluate(ema, shown, config.seed)
+            numbers, picture = evaluate(ema, val_images, config.seed)
             record.log(step=step, **numbers)
-            save_picture(record.path(f"reconstructions_{step:06d}.png"), picture)
+            save_picture(f"{config.out}/reconstructions_{step:06d}.png", picture)
         record.save(step)
     leave_processes()
 
