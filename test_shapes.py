@@ -209,8 +209,8 @@ def test_split_attention_equals_masked_attention():
 
 def changes_from(first, before, after):
     """Asserts that two results (B, N, D) differ from position `first` on, and only there."""
-    assert torch.equal(before[:, :first], after[:, :first])
-    assert ((before[:, first:] - after[:, first:]).abs().amax(-1) > 1e-4).all()
+    changed = (before != after).any(-1)
+    assert torch.equal(changed, torch.arange(16).expand(2, -1) >= first)
 
 
 @torch.no_grad()
@@ -248,7 +248,7 @@ def test_training_losses_equal_a_second_computation():
     t = (u / (u + 3 * (1 - u)))[:, None, None, None]
     x1 = 0.6 * images
     xt = t * x1 + (1 - t) * noise
-    tokens, loss = model.encode(images), model.quantizer(model.encoder(images)).loss
+    tokens, _, loss = model.quantizer(model.encoder(images))
     cond = model.condition(tokens).unflatten(1, (4, 4))[[0, 1, 2], [0, 2, 3]]
     v = model.diffusion(xt, t.flatten(), cond).velocity
     flow = ((v - (x1 - noise)) ** 2).mean() / 0.36
@@ -261,22 +261,21 @@ def test_training_losses_equal_a_second_computation():
 @torch.no_grad()
 def test_decoding_and_streaming_equal_the_sampler_written_out_and_read_no_later_token():
     model, tokens, noise = small_tokenizer(), some_tokens(), torch.randn(2, 3, 32, 32)
-    times = [0, 0.1, 0.25, 0.5]
-    for solver in mt.SOLVERS:
-        for groups in (1, 3, 4):
-            x, previews = noise, []
-            for k in range(groups):
-                cond = model.condition(tokens)[:, 4 * k:4 * k + 4]
-                v = model.diffusion(x, torch.full((2,), times[k]), cond).velocity
-                previews.append(x + (1 - times[k]) * v)
-                mixed = v if solver == "euler" or k == 0 else (3 * v - before) / 2
-                x = x + ([*times[:groups], 1][k + 1] - times[k]) * mixed
-                before = v
-            decoded = model.decode(tokens[:, :4 * groups], noise, None, solver, groups)
-            streamed = [*model.stream(tokens.split(4, 1), noise, solver, groups)]
-            expected = torch.stack([*previews[:-1], x, x]) / 0.6
-            close(torch.stack([*streamed, decoded]), expected, 1e-4)  # outputs of order 10
-    assert (model.decode(tokens, noise, 6) - model.decode(tokens, noise)).abs().max() > 0.1
+    for solver, slope, groups in (
+            ("euler", 0, 4), ("adams2", 0.5, 3), ("adams2", 0.5, 4)):
+        times = [0, 0.1, 0.25, 0.5][:groups] + [1]
+        x, images = noise, []
+        for cond, t, t_next in zip(model.condition(tokens).split(4, 1), times, times[1:]):
+            v = model.diffusion(x, torch.tensor([t]), cond).velocity
+            before = before if images else v
+            images.append(x + (1 - t) * v)
+            x = x + (t_next - t) * (v + slope * (v - before))
+            before = v
+        decoded = model.decode(tokens[:, :4 * groups], noise, None, solver, groups)
+        streamed = [*model.stream(tokens.split(4, 1), noise, solver, groups)]
+        expected = torch.stack([*images[:-1], x, x]) / 0.6
+        close(torch.stack([*streamed, decoded]), expected, 1e-4)  # outputs of order 10
+    assert (model.decode(tokens, noise, 6) - decoded).abs().max() > 0.1
     raises(AssertionError, "4 groups: 16 tokens", model.decode, tokens[:, :8])
 
 
@@ -301,18 +300,16 @@ def test_bf16_keeps_velocity_close_to_float32():
 
 @torch.no_grad()
 def test_cached_generation_equals_uncached_generation():
-    model, labels = small_ar(), torch.tensor([0, 1, 4])
-    for cfg in (None, (1.1, 8.0)):
+    model = small_ar()
+    labels, nulls = torch.tensor([[0, 1, 4], [5, 5, 5]])
+    for cfg, scales in ((None, torch.ones(16)), ((1.1, 8.0), torch.linspace(1.1, 8, 16))):
         for count in (0, 1, 5, 16):
             prefix = tokens = some_tokens(3)[:, :count]
-            for i in range(count, 16):  # runs the whole sequence anew for each token
+            for scale in scales[count:]:  # runs the whole sequence anew for each token
                 padded = F.pad(tokens, (0, 1))
-                logits = model(labels, padded)[:, -1]
-                if cfg is not None:
-                    free = model(torch.full_like(labels, 5), padded)[:, -1]
-                    scale = cfg[0] + (cfg[1] - cfg[0]) * i / 15
-                    logits = free + scale * (logits - free)
-                tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+                logits, free = model(labels, padded), model(nulls, padded)
+                logits = free + scale * (logits - free)
+                tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
             groups = [*model.stream(labels, cfg, prefix, temperature=0.0, group_size=4)]
             assert torch.equal(torch.cat(groups, 1), tokens) and len(groups) == 4
 
