@@ -692,6 +692,12 @@ def test_two_processes_and_two_passes_take_the_steps_of_one(tmp_path):
             assert difference.norm() < 0.05 * way.norm(), folder
 
 
+def test_processes_that_load_images_change_nothing(tmp_path):
+    for name, more in (("tokenizer", []), ("ar", ["--codes", tmp_path])):
+        train(name, tmp_path / name, "--workers", 2, *more)
+        assert torch.equal(weights_of(tmp_path / name), weights_of(trained(name)))
+
+
 def test_new_runs_start_from_the_weights_of_others_classes_by_name(tmp_path):
     still = ["--lr", 0, "--lr-final", 0, "--steps", 1, "--init-from"]
     tokenizer, ar = (join(trained(name), "last.pt") for name in TRAINERS)
