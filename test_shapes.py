@@ -677,19 +677,15 @@ def in_two_processes(program, *flags):
 
 def test_two_processes_and_two_passes_take_the_steps_of_one(tmp_path):
     """Sums of gradients differ by rounding, which Adam magnifies where gradients are near zero: so
-    the weights must agree to a twentieth of the way they went."""
-    for name, load in (("tokenizer", load_tokenizer), ("ar", load_ar)):
+    the weights must agree to a twentieth of the way they went, which is 1e-4 on average."""
+    for name in TRAINERS:
         one, passes, two = (tmp_path / name / how for how in ("one", "passes", "two"))
         train(name, one, *STEADY[name])
         train(name, passes, *STEADY[name], "--micro-batch", 2)
         in_two_processes(f"train_{name}.py", *options(name), *STEADY[name], "--out", two)
-        model = load(str(one / "last.pt"))
-        torch.manual_seed(0)
-        begun = type(model)(model.config).parameters()
-        way = weights_of(one) - torch.nn.utils.parameters_to_vector(begun)
         for folder in (passes, two):
             difference = weights_of(folder) - weights_of(one)
-            assert difference.norm() < 0.05 * way.norm(), folder
+            assert difference.abs().mean() < 5e-6, folder
 
 
 def test_processes_that_load_images_change_nothing(tmp_path):
@@ -699,17 +695,15 @@ def test_processes_that_load_images_change_nothing(tmp_path):
 
 
 def test_new_runs_start_from_the_weights_of_others_classes_by_name(tmp_path):
-    still = ["--lr", 0, "--lr-final", 0, "--steps", 1, "--init-from"]
-    tokenizer, ar = (join(trained(name), "last.pt") for name in TRAINERS)
-    train("tokenizer", tmp_path / "tokenizer", *still, tokenizer, "--reseed-after", 0)
-    assert torch.equal(weights_of(tmp_path / "tokenizer"), weights_of(trained("tokenizer"), "ema"))
     data = make_folder(tmp_path / "data", "a_ant", "b_cat", "a_dog")  # ant is new
-    said = train("ar", tmp_path / "ar", *still, ar, "--data", data)
+    for name, flags, width in (("tokenizer", ["--reseed-after", 0], 0),
+                               ("ar", ["--data", data], 128)):
+        said = train(name, tmp_path / name, *flags, "--lr", 0, "--lr-final", 0, "--steps", 1,
+                     "--init-from", join(trained(name), "last.pt"))
+        # After the ant's row of the class embedding all is as it was.
+        found = weights_of(tmp_path / name)[width:]
+        assert torch.equal(found, weights_of(trained(name), "ema"))
     assert "2 classes by name; 1 new: a_ant" in said
-    tuned, begun = load_ar(str(tmp_path / "ar" / "last.pt")), load_ar(ar)
-    assert torch.equal(tuned.output.weight, begun.output.weight)
-    rows = tuned.cls_embedding.weight[1:]  # dog, cat, the null class
-    assert torch.equal(rows, begun.cls_embedding.weight)
     # The authors' classes have numbers: by position where the folders are sorted WordNet ids
     path, model = str(tmp_path / "released.pt"), AR(replace(SMALL_AR, num_classes=1000))
     torch.save({**sample.pack("ar", model), "classes": [*map(str, range(1000))]}, path)
