@@ -814,14 +814,15 @@ def test_each_mode_draws_what_the_library_draws(tmp_path):
     save_images(tmp_path, [photo])
     reference = sample.to_tensor(sample.center_crop(Image.fromarray(photo), 32))[None]
 
-    def expected(groups=4, kept=0):
-        uniforms = torch.stack([torch.rand(16, generator=sample.seeded(0, "tokens", i))
-                                for i in (0, 1)])
+    def expected(kept=0, top_k=0, **how):
+        uniforms, noise = [], []
+        for i in (0, 1):
+            uniforms.append(torch.rand(16, generator=sample.seeded(0, "tokens", i)))
+            noise.append(torch.randn(3, 32, 32, generator=sample.seeded(0, "start", i)))
         prefix = tokenizer.encode(reference)[:, :kept].expand(2, -1)
-        tokens = ar.generate(torch.tensor([0, 3]), (1.1, 3.0), prefix, uniforms=uniforms)
-        noise = torch.stack([torch.randn(3, 32, 32, generator=sample.seeded(0, "start", i))
-                             for i in (0, 1)])
-        return tokenizer.decode(tokens, noise, groups=groups)
+        tokens = ar.generate(torch.tensor([0, 3]), (1.1, 3.0), prefix, top_k=top_k,
+                             uniforms=torch.stack(uniforms))
+        return tokenizer.decode(tokens, torch.stack(noise), **how)
 
     def check(images, columns, *flags):
         draw("--labels", "a,3", *flags, "--out", out)
@@ -829,8 +830,10 @@ def test_each_mode_draws_what_the_library_draws(tmp_path):
     with mock.patch.object(sample, "decode_one_token", wraps=model_ar.decode_one_token) as calls:
         check(expected(groups=2), 2, "--tokens", 8, "--num", 2)
     assert calls.call_count == 7  # and one by the prefill
+    check(expected(top_k=1, steps=6, solver="euler"), 2, "--num", 2,
+          "--top-k", 1, "--steps", 6, "--solver", "euler")
     check(expected(), 2, "--stream")
-    rows = [part for kept in (0, 5, 16) for part in (reference, expected(kept=kept))]
+    rows = [part for kept in (0, 5, 16) for part in (reference, expected(kept))]
     check(torch.cat(rows), 3, "--prefix", tmp_path / "000.png", "--keep", "0,5,16")
     assert {"s_004.png", "s_016.png", "s_steps.png"} < {*os.listdir(tmp_path)}
     assert Image.open(tmp_path / "s.gif").n_frames == 4
