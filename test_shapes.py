@@ -868,16 +868,12 @@ def test_checkpoints_give_back_the_model_and_nothing_in_others_runs(tmp_path):
     assert loaded.repa_head is None and os.listdir(tmp_path) == ["t.pt"]
     raises(Mistake, "is a checkpoint of kind 'tokenizer', 'ar' is needed", load_ar, path)
     harmful = Harmful(tmp_path / "created")
-    for content in (harmful, {"model": {}, "args": harmful}, [1],
-                    {"model": {"odd": torch.ones(2)}}):
+    for content in ({"model": {}, "args": harmful}, [1], {"model": {"odd": torch.ones(2)}}):
         torch.save(content, path)
-        for load in (load_ar, load_tokenizer):
-            raises(Mistake, f"{path} is no checkpoint of this code", load, path)
+        raises(Mistake, f"{path} is no checkpoint of this code", load_ar, path)
     Path(path).write_bytes(pickle.dumps(harmful))
     raises(Mistake, "damaged", load_ar, path)
     assert not os.path.exists(harmful)
-    pickle.loads(Path(path).read_bytes())  # ... which runs it
-    assert os.path.exists(harmful)
 
 
 def test_mistakes_get_one_clear_line(tmp_path):
@@ -885,26 +881,28 @@ def test_mistakes_get_one_clear_line(tmp_path):
     for program, text, flags in (
             (train_tokenizer, "does not divide", "--preset toy --batch 6 --micro-batch 4"),
             (train_tokenizer, "needs a REPA head", "--preset toy --repa 1"),
-            (train_ar, "--size must be one of B, L", "--size M"),
-            (train_ar, "--views 1, 2 or 10", "--views 3"),
-            (sample, "--cfg must be", ckpt + " --cfg 1:2:3"),
-            (sample, "no class '5'", ckpt + " --labels b,5"),
-            (sample, "exclude one another", ckpt + " --stream --npz x.npz"),
-            (sample, "--out end in .png", ckpt + " --out x.txt"),
-            (sample, "is there already", ckpt + f" --npz {small_checkpoint()}"),
-            (sample, "--tokens must be a multiple of 4", ckpt + " --tokens 6"),
-            (sample, "no folder nowhere", ckpt + " --reconstruct nowhere")):
-        if "--out" not in flags:
-            flags += f" --out {tmp_path / 'out' / 'x.png'}"
-        raises(Mistake, text, quietly, program.main, flags.split())
-    for program, text, flags in (  # as argparse says them
             (train_tokenizer, "num_tokens must divide by num_groups", "--num-groups 7"),
             (train_tokenizer, "--lr must be 0 or a positive number, got nan", "--lr nan"),
             (train_tokenizer, "--batch must be a positive number, got 0", "--batch 0"),
-            (train_ar, "--ema must be below 1", "--ema 1")):
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            raises(SystemExit, "2", program.main, flags.split())
-        assert text in said.getvalue(), said.getvalue()
+            (train_ar, "--ema must be below 1", "--ema 1"),
+            (train_ar, "x: --size must be one of B, L", "--size M"),
+            (train_ar, "--views 1, 2 or 10", "--views 3"),
+            (sample, "--cfg must be", f"{ckpt} --cfg 1:2:3"),
+            (sample, "no class '5'", f"{ckpt} --labels b,5"),
+            (sample, "exclude one another", f"{ckpt} --stream --npz x.npz"),
+            (sample, "--out end in .png", f"{ckpt} --out x.txt"),
+            (sample, "is there already", f"{ckpt} --npz {small_checkpoint()}"),
+            (sample, "--tokens must be a multiple of 4", f"{ckpt} --tokens 6"),
+            (sample, "no folder nowhere", f"{ckpt} --reconstruct nowhere"),
+            (sample, "images at a time [100]", "--help")):
+        argv, said = ["x", "--out", f"{tmp_path}/x.png", *flags.split()], io.StringIO()
+        with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(said), \
+                contextlib.redirect_stderr(said):
+            try:
+                sample.run(program.main)
+            except SystemExit as end:
+                print(end)
+        assert text in said.getvalue(), (text, said.getvalue())
 
 
 def test_importing_does_nothing_and_a_mistake_ends_a_program_with_one_line():
@@ -913,11 +911,6 @@ def test_importing_does_nothing_and_a_mistake_ends_a_program_with_one_line():
     running = start("-c", code)
     assert running.communicate() == ("x: no checkpoint at nowhere\n", None)
     assert running.returncode == 1
-    with mock.patch.object(sys, "argv", ["x", "--ckpt", "nowhere"]):  # %run in a notebook
-        raises(SystemExit, "x: no checkpoint at nowhere", quietly, sample.run, sample.main)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        raises(SystemExit, "0", sample.main, ["--help"])
-    assert "images at a time [100]" in said.getvalue()
 
 
 def test_ten_lines_of_the_readme_run(tmp_path):
