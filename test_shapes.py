@@ -88,9 +88,7 @@ def some_tokens(batch=2):
 
 
 def close(a, b, tolerance):
-    assert a.shape == b.shape, (a.shape, b.shape)
-    difference = (a - b).abs().max()
-    assert difference <= tolerance, f"differ by {difference:.2e} > {tolerance:.0e}"
+    torch.testing.assert_close(a, b, rtol=0, atol=float(tolerance))
 
 
 def raises(kind, text, function, *args):
@@ -1052,7 +1050,9 @@ def test_hostile_files_and_mistakes_of_evaluation_are_named(tmp_path):
 
 def main():
     counts = Counter(passed=0, failed=0)
-    for name, test in [item for item in globals().items() if item[0].startswith("test_")]:
+    for name, test in list(globals().items()):
+        if not name.startswith("test_"):
+            continue
         began, outcome = time.time(), "passed"
         try:
             with tempfile.TemporaryDirectory() as folder:
