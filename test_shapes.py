@@ -49,8 +49,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = TokenizerConfig(
     image_size=32, num_tokens=16, num_groups=4, codebook_size=64, patch_size=8,
     encoder_width=32, encoder_depth=2, decoder_width=64, decoder_depth=2,
-    diffusion_width=96, diffusion_depth=3, diffusion_patch=4, head_dim=16, max_tokens=20,
-    repa_depth=2, repa_hidden=24, repa_dim=12, beta=3.0)
+    diffusion_width=96, diffusion_depth=3, diffusion_patch=4,
+    head_dim=16, max_tokens=20,
+    repa_depth=2, repa_hidden=24, repa_dim=12,
+    beta=3.0)
 SMALL_AR = ARConfig(
     depth=3, width=48, heads=3, num_tokens=16, vocab_size=64, num_classes=5, dropout=0.0)
 # Command lines of training runs that take a second or two
@@ -84,11 +86,13 @@ def pictures(batch=2, size=32):
 
 
 def some_tokens(batch=2):
-    return torch.randint(64, (batch, 16), generator=torch.Generator().manual_seed(3))
+    return torch.randint(64, (batch, 16),
+                         generator=torch.Generator().manual_seed(3))
 
 
 def close(a, b, tolerance):
-    torch.testing.assert_close(a, b, rtol=0, atol=float(tolerance))
+    torch.testing.assert_close(a, b, rtol=0,
+                               atol=float(tolerance))
 
 
 def raises(kind, text, function, *args):
@@ -122,7 +126,8 @@ def test_released_tokenizer_encodes_and_decodes_as_the_authors_code():
     codes = io["codes"]
     assert torch.equal(model.encode(io["x"]), codes)
     # Float32 rounding of numbers up to 10
-    close(model.decode(codes, io["x0_noise"]), io["sample_adams2_full"], 3e-5)
+    close(model.decode(codes, io["x0_noise"]),
+          io["sample_adams2_full"], 3e-5)
 
 
 def test_released_training_rule_gives_the_authors_losses_and_gradients():
@@ -140,8 +145,10 @@ def test_released_training_rule_gives_the_authors_losses_and_gradients():
 def test_released_ar_model_predicts_and_generates_as_the_authors_code():
     model, io = load_ar(fixture("released_style_ar.pt")), fixture("arA_io.npz")
     with torch.no_grad():  # float32 rounding
-        close(model(io["tf_labels"], io["tf_tokens"]), io["tf_logits"], 5e-4)
-    tokens = model.generate(io["gen_labels"], (1.1, 8.0), temperature=0.0)
+        close(model(io["tf_labels"], io["tf_tokens"]),
+              io["tf_logits"], 5e-4)
+    tokens = model.generate(io["gen_labels"], (1.1, 8.0),
+                            temperature=0.0)
     assert torch.equal(tokens, io["gen_cfg1.1_8_tokens"])
 
 
@@ -153,7 +160,8 @@ def test_every_released_tensor_finds_its_place():
         saved = sample.translate({"ema": weights})
         if name == "tokenizer_v1":
             assert TokenizerConfig(**saved["config"]) == TOKENIZERS["paper"]
-            sample.build(Tokenizer, TokenizerConfig(repa_depth=0), saved, "meta")
+            sample.build(Tokenizer, TokenizerConfig(repa_depth=0),
+                         saved, "meta")
         else:
             config = SIZES[name.removeprefix("GPT-")]
             assert ARConfig(**saved["config"]) == config
@@ -165,7 +173,8 @@ def test_released_files_of_all_layouts_load_and_sample(tmp_path):
     said = quietly(sample.main, ["--ckpt", ar, "--tokenizer", tokenizer, "--tokens", "32",
                                  "--num", "1", "--out", str(tmp_path / "x.png")])
     assert "guidance 1.1:8.0 as trained" in said
-    raises(Mistake, "give --tokenizer FILE", sample.main, ["--ckpt", ar])
+    raises(Mistake, "give --tokenizer FILE", sample.main,
+           ["--ckpt", ar])
     path, model = str(tmp_path / "model.pt"), load_ar(ar)
     bare = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
     for layout in (bare, {"module": bare}, {"state_dict": bare}):
@@ -191,7 +200,8 @@ def test_steps_use_the_papers_times_and_each_group_once_and_fewer_groups_end_wit
     times = [i / (16 - i) for i in range(9)]  # 0, 0.07, 0.14, ... 0.78, 1
     assert np.allclose(schedule, [*zip(times, times[1:], range(8))])
     schedule = mt.sampling_schedule(16, 8, 2.0, 3)
-    assert [step.group for step in schedule] == [0, 1, 1, 2, 2] and schedule[-1].t_next == 1
+    assert [step.group for step in schedule] == [0, 1, 1, 2, 2]
+    assert schedule[-1].t_next == 1
     groups = mt.group_of(torch.arange(16) / 16, 8).long()
     assert groups.bincount().tolist() == [1, 2, 2, 2, 2, 2, 2, 3]
 
@@ -201,7 +211,8 @@ def test_split_attention_equals_masked_attention():
     for full in (10, 0, 16):
         mask = torch.ones(16, 16, dtype=torch.bool).tril()
         mask[:full, :full] = True  # patches see patches; query i sees them and queries <= i
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        expected = F.scaled_dot_product_attention(q, k, v,
+                                                  attn_mask=mask)
         close(mt.attend(q, k, v, full), expected, 1e-6)  # float32 rounding
 
 
@@ -216,7 +227,8 @@ def test_encoder_queries_decoder_and_ar_model_are_causal():
     model, ar, labels = small_tokenizer(), small_ar(), torch.tensor([0, 5])
     tokens, changed = some_tokens(), some_tokens()
     changed[:, 9] = (changed[:, 9] + 1) % 64
-    changes_from(9, model.condition(tokens), model.condition(changed))
+    changes_from(9, model.condition(tokens),
+                 model.condition(changed))
     changes_from(10, ar(labels, tokens), ar(labels, changed))  # logits of what stands before
     before = model.encoder(pictures())
     model.encoder.query_table[7] += 1
@@ -233,7 +245,8 @@ def test_quantizer_takes_the_nearest_row_in_float32_and_passes_gradients_straigh
     assert torch.equal(result.tokens, nearest)
     close(result.vectors, rows[nearest], 1e-6)  # float32 rounding, here and below
     close(result.loss, 1.25 * (unit - rows[nearest]).square().mean(-1), 1e-6)
-    through, = torch.autograd.grad(result.vectors, z, weight, retain_graph=True)
+    through, = torch.autograd.grad(result.vectors, z, weight,
+                                   retain_graph=True)
     direct, = torch.autograd.grad(unit, z, weight)
     close(through, direct, 1e-6)
 
@@ -269,20 +282,24 @@ def test_decoding_and_streaming_equal_the_sampler_written_out_and_read_no_later_
             images.append(x + (1 - t) * v)
             x = x + (t_next - t) * (v + slope * (v - before))
             before = v
-        decoded = model.decode(tokens[:, :4 * groups], noise, None, solver, groups)
+        decoded = model.decode(tokens[:, :4 * groups], noise, None,
+                               solver, groups)
         streamed = [*model.stream(tokens.split(4, 1), noise, solver, groups)]
         expected = torch.stack([*images[:-1], x, x]) / 0.6
         close(torch.stack([*streamed, decoded]), expected, 1e-4)  # outputs of order 10
     assert (model.decode(tokens, noise, 6) - decoded).abs().max() > 0.1
-    raises(AssertionError, "4 groups: 16 tokens", model.decode, tokens[:, :8])
+    raises(AssertionError, "4 groups: 16 tokens", model.decode,
+           tokens[:, :8])
 
 
 @torch.no_grad()
 def test_velocity_is_zero_at_first_and_it_and_the_residual_stream_are_float32_under_bf16():
     model = Tokenizer(SMALL)
     with torch.autocast("cpu", torch.bfloat16):
-        velocity, stream = model.diffusion(pictures(1), torch.rand(1), torch.randn(1, 4, 64))
-    assert velocity.abs().max() == 0 and velocity.dtype == stream.dtype == torch.float32
+        velocity, stream = model.diffusion(pictures(1), torch.rand(1),
+                                           torch.randn(1, 4, 64))
+    assert velocity.abs().max() == 0
+    assert velocity.dtype == stream.dtype == torch.float32
 
 
 # ---- Two ways of computing: the autoregressive model ---------------------------------------------
@@ -300,17 +317,21 @@ def test_cached_generation_equals_uncached_generation():
                 logits = free + scale * (logits - free)
                 tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
             groups = [*model.stream(labels, cfg, prefix, temperature=0.0, group_size=4)]
-            assert torch.equal(torch.cat(groups, 1), tokens) and len(groups) == 4
+            assert torch.equal(torch.cat(groups, 1), tokens)
+            assert len(groups) == 4
 
 
 def test_draws_have_the_models_distribution_from_the_first_possible_token_to_the_last():
     logits, count = torch.tensor([-1.0, 2.0, 0.0, 1.0, -2.0]), 40_000
     uniforms = torch.linspace(0, 1 - 2 ** -24, count)[:, None]  # the largest float32 below 1
     for temperature, top_k, top_p, allowed in (
-            (1.0, 0, 1.0, [0, 1, 2, 3, 4]), (0.5, 3, 1.0, [1, 2, 3]),
-            (1.0, 0, 0.8, [1, 3]), (1.0, 2, 0.7, [1]),  # of the two, the likelier has 0.73
+            (1.0, 0, 1.0, [0, 1, 2, 3, 4]),
+            (0.5, 3, 1.0, [1, 2, 3]),
+            (1.0, 0, 0.8, [1, 3]),
+            (1.0, 2, 0.7, [1]),  # of the two, the likelier has 0.73
             (0.0, 0, 1.0, [1])):
-        drawn = model_ar.draw(logits.expand(count, 5), uniforms, temperature, top_k, top_p)
+        drawn = model_ar.draw(logits.expand(count, 5), uniforms,
+                              temperature, top_k, top_p)
         expected = (logits[allowed] / (temperature or 1)).softmax(0)
         assert drawn.unique().tolist() == allowed
         close(drawn.bincount()[allowed] / count, expected, 2 / count)  # the ends of a range
@@ -387,7 +408,8 @@ def save_images(folder, images, ending=".png"):
 def make_folder(root, *names, per_class=3):
     """A data set: sub-folders of images."""
     for seed, name in enumerate(names):
-        save_images(join(root, name), noise_images(per_class, seed), ".jpg")
+        save_images(join(root, name),
+                    noise_images(per_class, seed), ".jpg")
     return str(root)
 
 
@@ -416,13 +438,16 @@ def test_folders_of_every_form_give_the_classes_that_people_mean(tmp_path):
             ("all/x all/y", "give --data", 0))):
         root = make_folder(tmp_path / str(i), *folders.split())
         if not held_out:
-            raises(Mistake, expected, train_tokenizer.open_data, root, 32)
+            raises(Mistake, expected, train_tokenizer.open_data,
+                   root, 32)
             continue
         train, rest = train_tokenizer.open_data(root, 32)
-        assert train.classes == rest.classes == expected.split() and len(rest) == held_out
+        assert train.classes == rest.classes == expected.split()
+        assert len(rest) == held_out
         assert (rest.root, rest.names[0]) not in [(train.root, name) for name in train.names]
     os.makedirs(tmp_path / "0" / "c_empty")
-    raises(Mistake, "c_empty", train_tokenizer.open_data, str(tmp_path / "0"), 32)
+    raises(Mistake, "c_empty", train_tokenizer.open_data,
+           str(tmp_path / "0"), 32)
 
 
 def test_one_walker_leaves_out_what_is_hidden_and_counts_what_is_no_image(tmp_path):
@@ -445,17 +470,22 @@ def test_files_of_many_kinds_are_read_or_refused_by_name(tmp_path):
     deep = np.arange(2 ** 16, dtype=np.uint16).reshape(256, 256)
     light = np.mean(good)
     for kind, image, mean in (
-            ("JPEG", good.convert("CMYK"), light), ("WEBP", good, light), ("TIFF", good, light),
+            ("JPEG", good.convert("CMYK"), light),
+            ("WEBP", good, light),
+            ("TIFF", good, light),
             ("PNG", Image.fromarray(deep), 127.5),  # 16 bits are scaled, not cut
             ("PNG", Image.new("RGBA", (40, 50)), 255)):  # lies on white
         image.save(path, kind)  # whatever the ending
         for image in (sample.read_image(path), sample.center_crop(Image.open(path), 32)):
             # A lossy kind and the crop change the mean by up to 2.6 levels.
-            assert image.mode == "RGB" and abs(np.mean(image) - mean) < 4
+            assert image.mode == "RGB"
+            assert abs(np.mean(image) - mean) < 4
     os.truncate(path, 60)
-    raises(Mistake, f"{path} cannot be read", sample.read_image, path)
+    raises(Mistake, f"{path} cannot be read",
+           sample.read_image, path)
     good.save(path, "GIF")  # for some kinds, Pillow starts programs
-    raises(Mistake, f"{path} cannot be read", sample.read_image, path)
+    raises(Mistake, f"{path} cannot be read",
+           sample.read_image, path)
 
 
 def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(tmp_path):
@@ -472,22 +502,26 @@ def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(t
     for views in (2, 10):
         crops, plain = (train_ar.Views([(image, 0)], 32, views, flip)[0][0]
                         for flip in (True, False))
-        assert torch.equal(plain, crops[::2]) and torch.equal(plain.flip(3), crops[1::2])
+        assert torch.equal(plain, crops[::2])
+        assert torch.equal(plain.flip(3), crops[1::2])
         assert len(crops.unique(dim=0)) == views
     # A large JPEG is decoded at a fraction for random crops, and only for them.
     save_images(tmp_path / "x", pixels, ".jpg")
     train, held_out = train_tokenizer.open_data(str(tmp_path), 32)
     train.draft_size = 32
-    assert train[0][0].size == (100, 128) and held_out[0][0].size == (200, 256)
+    assert train[0][0].size == (100, 128)
+    assert held_out[0][0].size == (200, 256)
 
 
 def test_an_epoch_shows_each_image_once_and_the_autoregressive_model_a_view_of_it():
     order = [train_tokenizer.item_at(i, 30, 0) for i in range(60)]
-    assert sorted(order[:30]) == sorted(order[30:]) == [*range(30)] and order[:30] != order[30:]
+    assert sorted(order[:30]) == sorted(order[30:]) == [*range(30)]
+    assert order[:30] != order[30:]
     codes = np.arange(30 * 41, dtype=np.uint16).reshape(30, 41)
     with mock.patch.object(train_ar, "SHARD", 8):
         shards = np.split(codes, (8, 16, 24))
-        labels, tokens = train_ar.read_batch(shards, 30, 0, range(60), 4)
+        labels, tokens = train_ar.read_batch(shards, 30, 0,
+                                             range(60), 4)
     assert labels.tolist() == [41 * i for i in order]
     begins = tokens - labels[:, None] - torch.arange(1, 5)  # where the view begins in a row
     assert {*map(tuple, begins.tolist())} == {(i,) * 4 for i in range(0, 40, 4)}
@@ -513,8 +547,10 @@ def test_learning_rate_warms_up_stays_and_falls_and_weight_decay_reaches_matrice
 
 
 def test_times_are_even_and_averages_follow():
-    u = train_tokenizer.draw_times(64, torch.Generator().manual_seed(0))
-    assert (u * 64).long().bincount().tolist() == [1] * 64 and not torch.equal(u.sort()[0], u)
+    u = train_tokenizer.draw_times(64,
+                                   torch.Generator().manual_seed(0))
+    assert (u * 64).long().bincount().tolist() == [1] * 64
+    assert not torch.equal(u.sort()[0], u)
     model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     expected = 0.9 * ema.weight + 0.1 * model.weight
     train_tokenizer.update_ema(ema, model, 0.9)
@@ -527,8 +563,10 @@ def test_unused_codebook_rows_are_reseeded():
         use.update(torch.tensor([[0, 1]]))
     assert use.idle.tolist() == [0, 0, 3, 3]
     codebook, average = torch.zeros(2, 4, 8)
-    use.reseed(z, torch.Generator().manual_seed(0), 3, [codebook, average])
-    assert codebook[:2].abs().max() == 0 and torch.equal(codebook, average)
+    use.reseed(z, torch.Generator().manual_seed(0), 3,
+               [codebook, average])
+    assert codebook[:2].abs().max() == 0
+    assert torch.equal(codebook, average)
     unit = F.normalize(z, dim=-1).flatten(0, 1).tolist()
     assert all(row in unit for row in codebook[2:].tolist())
 
@@ -548,11 +586,13 @@ def test_perceptual_and_alignment_losses_fall_to_0_where_they_should_and_train(t
     assert {"lpips", "repa"} <= {*log_of(tmp_path)[0]}
     images = pictures(2, 64)
     other = images.flip(0).requires_grad_()
-    assert lpips(mock.Mock(predicted=images), images) == 0 and not lpips.net.training
+    assert lpips(mock.Mock(predicted=images), images) == 0
+    assert not lpips.net.training
     distance = lpips(mock.Mock(predicted=other), images)
     assert distance > 0 and distance.requires_grad
     mean, std = repa.moments
-    small = F.interpolate((images / 2 + 0.5 - mean) / std, 56, mode="bicubic")
+    small = F.interpolate((images / 2 + 0.5 - mean) / std, 56,
+                          mode="bicubic")
     features = dino(small).flatten(2).mT                                 # (2, 16, 768)
     for sign in (1, -1):  # up to rounding of a cosine
         assert abs(repa(mock.Mock(repa=sign * features), images) - (1 - sign)) < 1e-5
@@ -570,7 +610,8 @@ def start(*command):
 def photographs():
     """A data set of 100 images for training, one of which cannot be read, and 6 held out."""
     root = join(KEPT.name, "data")
-    make_folder(join(root, "train"), "a_dog", "b_cat", per_class=50)
+    make_folder(join(root, "train"), "a_dog", "b_cat",
+                per_class=50)
     make_folder(join(root, "val"), "a_dog", "b_cat")
     Path(root, "train", "a_dog", "020.jpg").write_text("no image")
     return root
@@ -588,7 +629,8 @@ def options(name):
 
 def train(name, out, *more):
     """Runs a trainer in this process; returns what it printed."""
-    return quietly(TRAINERS[name].main, [*options(name), "--out", str(out), *map(str, more)])
+    return quietly(TRAINERS[name].main,
+                   [*options(name), "--out", str(out), *map(str, more)])
 
 
 @functools.cache
@@ -650,14 +692,16 @@ def test_a_number_that_is_not_finite_stops_the_run_by_name(tmp_path):
         output = real(*args)
         return output._replace(vq_loss=output.vq_loss * (math.nan if len(calls) == 3 else 1))
     with mock.patch.object(Tokenizer, "forward", broken):
-        raises(Mistake, "vq is not finite", train, "tokenizer", tmp_path, "--log-every", 100)
+        raises(Mistake, "vq is not finite", train, "tokenizer",
+               tmp_path, "--log-every", 100)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
 
 
 def test_unreadable_images_are_named_and_passed(tmp_path):
     trained("ar")  # goes past one, too
     bad = join(photographs(), "train", "a_dog", "020.jpg")
-    said = train("tokenizer", tmp_path, "--data", photographs(), "--batch", 32, "--eval-images", 1)
+    said = train("tokenizer", tmp_path, "--data", photographs(),
+                 "--batch", 32, "--eval-images", 1)
     assert f"skipped: {bad} cannot be read" in said
     assert "group_knows" not in log_of(tmp_path)[-1]  # of one image, no number
 
@@ -680,7 +724,8 @@ def test_two_processes_and_two_passes_take_the_steps_of_one(tmp_path):
         one, passes, two = (tmp_path / name / how for how in ("one", "passes", "two"))
         train(name, one, *STEADY[name])
         train(name, passes, *STEADY[name], "--micro-batch", 2)
-        in_two_processes(f"train_{name}.py", *options(name), *STEADY[name], "--out", two)
+        in_two_processes(f"train_{name}.py", *options(name),
+                         *STEADY[name], "--out", two)
         for folder in (passes, two):
             difference = weights_of(folder) - weights_of(one)
             assert difference.abs().mean() < 5e-6, folder
@@ -689,7 +734,8 @@ def test_two_processes_and_two_passes_take_the_steps_of_one(tmp_path):
 def test_processes_that_load_images_change_nothing(tmp_path):
     for name, more in (("tokenizer", []), ("ar", ["--codes", tmp_path])):
         train(name, tmp_path / name, "--workers", 2, *more)
-        assert torch.equal(weights_of(tmp_path / name), weights_of(trained(name)))
+        assert torch.equal(weights_of(tmp_path / name),
+                           weights_of(trained(name)))
 
 
 def test_new_runs_start_from_the_weights_of_others_classes_by_name(tmp_path):
@@ -706,7 +752,8 @@ def test_new_runs_start_from_the_weights_of_others_classes_by_name(tmp_path):
     path, model = str(tmp_path / "released.pt"), AR(replace(SMALL_AR, num_classes=1000))
     torch.save({**sample.pack("ar", model), "classes": [*map(str, range(1000))]}, path)
     names = [f"n{1440764 + i:08d}" for i in range(1000)]
-    assert "1000 classes by name" in quietly(train_ar.start_from, model, path, names)
+    assert "1000 classes by name" in quietly(train_ar.start_from, model,
+                                             path, names)
 
 
 def test_held_out_numbers_are_logged_of_the_averaged_weights(tmp_path):
@@ -781,7 +828,8 @@ def test_images_depend_on_seed_and_number_not_on_batches_processes_or_interrupti
         return samples_in(path)
 
     def draw_in_two(*flags):
-        in_two_processes("sample.py", "--ckpt", small_checkpoint(), *flags)
+        in_two_processes("sample.py", "--ckpt",
+                         small_checkpoint(), *flags)
     whole, calls = npz("--batch", "20"), []
     with mock.patch.object(sample, "to_uint8", interrupted(sample.to_uint8, calls)):
         raises(KeyboardInterrupt, "", npz, "--batch", "7")
@@ -800,7 +848,8 @@ def test_images_depend_on_seed_and_number_not_on_batches_processes_or_interrupti
 def test_each_class_is_drawn_equally_often_and_shuffled():
     config = sample.SampleConfig(num_images=200, npz="x")
     labels = sample.labels_of(config, list("abcde"))
-    assert np.bincount(labels).tolist() == [40] * 5 and labels[:5] != [0, 1, 2, 3, 4]
+    assert np.bincount(labels).tolist() == [40] * 5
+    assert labels[:5] != [0, 1, 2, 3, 4]
     config = sample.SampleConfig(num_images=3, labels="c,0")
     assert sample.labels_of(config, list("abcde")) == [2, 0, 2]
 
@@ -832,7 +881,8 @@ def test_each_mode_draws_what_the_library_draws(tmp_path):
           "--top-k", 1, "--steps", 6, "--solver", "euler")
     check(expected(), 2, "--stream")
     rows = [part for kept in (0, 5, 16) for part in (reference, expected(kept))]
-    check(torch.cat(rows), 3, "--prefix", tmp_path / "000.png", "--keep", "0,5,16")
+    check(torch.cat(rows), 3, "--prefix", tmp_path / "000.png",
+          "--keep", "0,5,16")
     assert {"s_004.png", "s_016.png", "s_steps.png"} < {*os.listdir(tmp_path)}
     assert Image.open(tmp_path / "s.gif").n_frames == 4
 
@@ -841,7 +891,8 @@ def test_reconstructions_come_with_the_same_crops_and_psnr(tmp_path):
     folder, photos, chosen = tmp_path / "images", noise_images(20), sample.spread(10, 20)
     assert max(chosen) > 15  # from all over the folder
     save_images(folder, photos)
-    said = draw("--reconstruct", folder, "--num", 10, "--batch", 4, "--out", tmp_path / "r.png")
+    said = draw("--reconstruct", folder, "--num", 10, "--batch", 4,
+                "--out", tmp_path / "r.png")
     originals, decoded = (samples_in(tmp_path / f"r_{name}.npz")
                           for name in ("originals", "reconstructions"))
     crops = [np.array(sample.center_crop(Image.fromarray(photos[i]), 32)) for i in chosen]
@@ -862,13 +913,16 @@ def test_checkpoints_give_back_the_model_and_nothing_in_others_runs(tmp_path):
     path, model = str(tmp_path / "t.pt"), small_tokenizer()
     sample.write(path, lambda file: torch.save(sample.pack("tokenizer", model), file))
     loaded, noise = load_tokenizer(path), torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded.decode(some_tokens(), noise), model.decode(some_tokens(), noise))
-    assert loaded.repa_head is None and os.listdir(tmp_path) == ["t.pt"]
+    assert torch.equal(loaded.decode(some_tokens(), noise),
+                       model.decode(some_tokens(), noise))
+    assert loaded.repa_head is None
+    assert os.listdir(tmp_path) == ["t.pt"]
     raises(Mistake, "is a checkpoint of kind 'tokenizer', 'ar' is needed", load_ar, path)
     harmful = Harmful(tmp_path / "created")
     for content in ({"model": {}, "args": harmful}, [1], {"model": {"odd": torch.ones(2)}}):
         torch.save(content, path)
-        raises(Mistake, f"{path} is no checkpoint of this code", load_ar, path)
+        raises(Mistake, f"{path} is no checkpoint of this code",
+               load_ar, path)
     Path(path).write_bytes(pickle.dumps(harmful))
     raises(Mistake, "damaged", load_ar, path)
     assert not os.path.exists(harmful)
@@ -926,7 +980,8 @@ class TinyInception(torch.nn.Module):
     """Stands for InceptionV3: 8, 6 and 5 numbers an image in place of 2048, 2023 and 1008."""
     def forward(self, images):
         pool = images[:, 0, :8, 0].float() / 128                             # (B, 8)
-        return fid.Features(pool, pool[:, :6].square(), (9 * pool[:, :5]).softmax(1))
+        return fid.Features(pool, pool[:, :6].square(),
+                            (9 * pool[:, :5]).softmax(1))
 
 
 def tiny_fid(*argv):
@@ -962,10 +1017,12 @@ def test_inception_equals_torch_fidelitys_and_loads_its_weights(tmp_path):
     expected = [3.130364, 5.148030, 1.536695, 1.666369]  # torch-fidelity's, in these weights
     close(pool[0, [2, 3, -2, -1]], torch.tensor(expected), 5e-4)  # float32, through 48 layers
     close(probs, (pool @ network.fc.weight.T).softmax(1), 1e-6)
-    assert spatial.min() == 0 and spatial.max() > 0  # after the ReLU
+    assert spatial.min() == 0
+    assert spatial.max() > 0  # after the ReLU
     images = torch.rand(1, 3, 299, 299)
     assert torch.equal(fid.resize(images, 13), images[:, :, ::23, ::23])  # as TensorFlow 1
-    raises(Mistake, "fetch https://github.com/mseitzer", fid.load_inception, "nowhere.pth")
+    raises(Mistake, "fetch https://github.com/mseitzer",
+           fid.load_inception, "nowhere.pth")
 
 
 def test_frechet_distance_has_its_closed_forms():
@@ -995,7 +1052,8 @@ def test_precision_and_recall_are_those_of_brute_force():
             (x + 1000, y + 1000)):  # there, float32 would lose the distances
         reference, generated = np.float32(reference), np.float32(generated)
         expected = covered(generated, reference), covered(reference, generated)
-        found = fid.precision_recall(torch.tensor(reference), torch.tensor(generated), rows=40)
+        found = fid.precision_recall(torch.tensor(reference),
+                                     torch.tensor(generated), rows=40)
         assert found == expected
 
 
@@ -1011,7 +1069,8 @@ def test_figures_of_files_are_those_of_the_functions(tmp_path):
 
     def check(reference, expected, text=""):
         figures, said = tiny_fid(reference, samples, "--batch", 7)
-        assert np.allclose([*figures.values()], expected, rtol=1e-6)
+        assert np.allclose([*figures.values()], expected,
+                           rtol=1e-6)
         assert "has 30 images; figures compare for 50,000" in said and text in said, said
         return " ".join(figures)
     assert check(reference, expected, f"is {samples} the REFERENCE?") == (
@@ -1026,13 +1085,17 @@ def test_figures_of_files_are_those_of_the_functions(tmp_path):
     check(stats, [expected[0], *expected[2:4]], "no sFID")
     # In the order of classes, the splits of the Inception Score would hold few of them.
     shuffled, = fid.open_folder(reference).batches(40)
-    assert not np.array_equal(shuffled, x) and np.array_equal(np.sort(shuffled, 0), np.sort(x, 0))
+    assert not np.array_equal(shuffled, x)
+    assert np.array_equal(np.sort(shuffled, 0), np.sort(x, 0))
 
 
 def test_hostile_files_and_mistakes_of_evaluation_are_named(tmp_path):
     x, path = noise_images(6), str(tmp_path / "x.npz")
-    for text, wrong in (("is float64", x / 255), ("(6, 40, 50, 1)", x[..., :1]),
-                        ("(40, 50, 3)", x[0]), ("holds 3 images", x[:3])):
+    for text, wrong in (
+            ("is float64", x / 255),
+            ("(6, 40, 50, 1)", x[..., :1]),
+            ("(40, 50, 3)", x[0]),
+            ("holds 3 images", x[:3])):
         np.savez(path, wrong)
         raises(Mistake, text, tiny_fid, path, path)
     np.savez(path, images=x)
@@ -1040,7 +1103,8 @@ def test_hostile_files_and_mistakes_of_evaluation_are_named(tmp_path):
     raises(Mistake, "is no folder and no npz", tiny_fid, "nowhere", path)
     folder = save_images(tmp_path / "x", x, ".jpg")
     assert "compression changes figures" in tiny_fid(folder, "--save-stats", path)[1]
-    raises(Mistake, "the order is REFERENCE SAMPLES", tiny_fid, folder, path)
+    raises(Mistake, "the order is REFERENCE SAMPLES", tiny_fid,
+           folder, path)
     for text, kind, mode in (("odd.png is L", "PNG", "L"),
                              ("images of several sizes", "PNG", "RGB"),
                              ("odd.png cannot be read", "GIF", "RGB")):  # some start programs
@@ -1062,7 +1126,8 @@ def main():
         except Exception:
             outcome = "failed"
             traceback.print_exc()
-        print(f"{time.time() - began:5.1f} s, {outcome}: {name}", flush=True)
+        print(f"{time.time() - began:5.1f} s, {outcome}: {name}",
+              flush=True)
         counts[outcome] += 1
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return counts["failed"] > 0
