@@ -861,13 +861,13 @@ def test_each_mode_draws_what_the_library_draws(tmp_path):
     save_images(tmp_path, [photo])
     reference = sample.to_tensor(sample.center_crop(Image.fromarray(photo), 32))[None]
 
-    def expected(kept=0, top_k=0, **how):
+    def expected(kept=0, drawing=(1.0, 0, 1.0), **how):
         uniforms, noise = [], []
         for i in (0, 1):
             uniforms.append(torch.rand(16, generator=sample.seeded(0, "tokens", i)))
             noise.append(torch.randn(3, 32, 32, generator=sample.seeded(0, "start", i)))
         prefix = tokenizer.encode(reference)[:, :kept].expand(2, -1)
-        tokens = ar.generate(torch.tensor([0, 3]), (1.1, 3.0), prefix, top_k=top_k,
+        tokens = ar.generate(torch.tensor([0, 3]), (1.1, 3.0), prefix, *drawing,
                              uniforms=torch.stack(uniforms))
         return tokenizer.decode(tokens, torch.stack(noise), **how)
 
@@ -877,8 +877,9 @@ def test_each_mode_draws_what_the_library_draws(tmp_path):
     with mock.patch.object(sample, "decode_one_token", wraps=model_ar.decode_one_token) as calls:
         check(expected(groups=2), 2, "--tokens", 8, "--num", 2)
     assert calls.call_count == 7  # and one by the prefill
-    check(expected(top_k=1, steps=6, solver="euler"), 2, "--num", 2,
-          "--top-k", 1, "--steps", 6, "--solver", "euler")
+    check(expected(drawing=(2.0, 9, 0.7), steps=6, solver="euler"), 2,
+          "--temperature", 2.0, "--top-k", 9, "--top-p", 0.7,
+          "--steps", 6, "--solver", "euler", "--num", 2)
     check(expected(), 2, "--stream")
     rows = [part for kept in (0, 5, 16) for part in (reference, expected(kept))]
     check(torch.cat(rows), 3, "--prefix", tmp_path / "000.png",
