@@ -30,10 +30,10 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.spatial.distance import cdist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fid
@@ -50,8 +50,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = TokenizerConfig(
     image_size=32, num_tokens=16, num_groups=4, codebook_size=64, patch_size=8,
     encoder_width=32, encoder_depth=2, decoder_width=64, decoder_depth=2,
-    diffusion_width=96, diffusion_depth=3, diffusion_patch=4, head_dim=16, max_tokens=20,
-    repa_depth=2, repa_hidden=24, repa_dim=12, beta=3.0)
+    diffusion_width=96, diffusion_depth=3, diffusion_patch=4,
+    head_dim=16, max_tokens=20,
+    repa_depth=2, repa_hidden=24, repa_dim=12,
+    beta=3.0)
 SMALL_AR = ARConfig(
     depth=3, width=48, heads=3, num_tokens=16, vocab_size=64, num_classes=5, dropout=0.0)
 # Command lines of training runs that take a second or two
@@ -85,13 +87,13 @@ def pictures(batch=2, size=32):
 
 
 def some_tokens(batch=2):
-    return torch.randint(64, (batch, 16), generator=torch.Generator().manual_seed(3))
+    return torch.randint(64, (batch, 16),
+                         generator=torch.Generator().manual_seed(3))
 
 
 def close(a, b, tolerance):
-    assert a.shape == b.shape, (a.shape, b.shape)
-    difference = (a - b).abs().max()
-    assert difference <= tolerance, f"differ by {difference:.2e} > {tolerance:.0e}"
+    torch.testing.assert_close(a, b, rtol=0,
+                               atol=float(tolerance))
 
 
 def raises(kind, text, function, *args):
@@ -110,81 +112,61 @@ def quietly(function, *args):
 # ---- Agreement with the authors' code ------------------------------------------------------------
 
 def fixture(name):
-    """What is in a file of the released code, or the path of a .pt. Skips the test without it."""
-    path = join(HERE, "..", "shared", "fixtures", name)
+    """The path of a file of the released code, or what an npz holds. Skips the test without it."""
+    path = join(HERE, "../shared/fixtures", name)
     if not os.path.exists(path):
         raise unittest.SkipTest("no fixtures")
-    if name.endswith(".npz"):
-        return {key: torch.from_numpy(value) if value.dtype.kind in "fi" else value
-                for key, value in np.load(path).items()}
-    return json.loads(Path(path).read_text()) if name.endswith(".json") else path
+    if not name.endswith(".npz"):
+        return path
+    return {key: torch.from_numpy(value) if value.dtype.kind in "fi" else value
+            for key, value in np.load(path).items()}
 
 
 def test_released_tokenizer_encodes_and_decodes_as_the_authors_code():
     model, io = load_tokenizer(fixture("released_style_tok.pt")), fixture("tokA_io.npz")
-    codes, noise = io["codes"], io["x0_noise"]
+    codes = io["codes"]
     assert torch.equal(model.encode(io["x"]), codes)
     # Float32 rounding of numbers up to 10
-    close(model.decode(codes, noise), io["sample_adams2_full"], 3e-5)
-    for name, solver, groups in (("euler_full", "euler", 8), ("euler_clip1", "euler", 1),
-                                 ("euler_clip", "euler", 4), ("adams2_clip", "adams2", 4)):
-        decoded = model.decode(codes[:1], noise[:1], None, solver, groups)
-        close(decoded, io[f"sample_{name}"], 3e-5)
+    close(model.decode(codes, io["x0_noise"]),
+          io["sample_adams2_full"], 3e-5)
 
 
 def test_released_training_rule_gives_the_authors_losses_and_gradients():
     """Tolerances are of float32 rounding; norms of gradients sum more of it."""
     model, io = load_tokenizer(fixture("released_style_tok.pt")), fixture("tokA_io.npz")
-    for i, u in enumerate(io["train_u"]):
-        output = model(io["x"], u, io["train_noise"])
-        close(output.flow_loss, io["train_fm_loss"][i], 1e-5)
-        close(output.vq_loss, io["train_vq_loss"][i] + io["train_commit_loss"][i], 1e-6)
-        if i == 0:
-            close(output.predicted, io["train_fake"], 3e-5)
-            (output.flow_loss + output.vq_loss).backward()
-    norms = {str(name): norm[None] for name, norm in zip(io["grad_names"], io["grad_norms"])}
-    compared = 0
+    output = model(io["x"], io["train_u"][0], io["train_noise"])
+    close(output.flow_loss, io["train_fm_loss"][0], 1e-5)
+    (output.flow_loss + output.vq_loss).backward()
+    norms = dict(zip(io["grad_names"].tolist(), io["grad_norms"][:, None]))
     for name, norm in sample.translate(norms)["model"].items():
         if norm > 1e-6:  # biases of normalised keys have none but rounding
             assert abs(model.get_parameter(name).grad.norm() / norm - 1) < 1e-4, name
-            compared += 1
-    assert compared > 150
 
 
 def test_released_ar_model_predicts_and_generates_as_the_authors_code():
     model, io = load_ar(fixture("released_style_ar.pt")), fixture("arA_io.npz")
     with torch.no_grad():  # float32 rounding
-        close(model(io["tf_labels"], io["tf_tokens"]), io["tf_logits"], 5e-4)
-    for key, cfg in (("1", None), ("1.5", (1.5, 1.5)), ("1.1_8", (1.1, 8.0))):
-        tokens = model.generate(io["gen_labels"], cfg, temperature=0.0)
-        assert torch.equal(tokens, io[f"gen_cfg{key}_tokens"]), key
-
-
-def test_small_pieces_agree_with_the_authors_code():
-    io = fixture("unit.npz")
-    begins = 32 * mt.group_of(io["u_grid"], 8).long()
-    assert torch.equal(begins, io["train_begin_G8_Q256_n32"])
-    for steps in (4, 8, 12, 16):
-        begins = [32 * step.group for step in mt.sampling_schedule(steps, 8, 2.0, 8)]
-        assert begins == io[f"sample_begin_K{steps}_G8_Q256_n32"].tolist()
-    for key, top_k, top_p in (("k5", 5, 1.0), ("p0.8", 0, 0.8), ("k10_p0.6", 10, 0.6)):
-        found = model_ar.filter_logits(io["filter_in"], top_k, top_p)
-        assert torch.equal(found, io[f"filter_{key}"])
+        close(model(io["tf_labels"], io["tf_tokens"]),
+              io["tf_logits"], 5e-4)
+    tokens = model.generate(io["gen_labels"], (1.1, 8.0),
+                            temperature=0.0)
+    assert torch.equal(tokens, io["gen_cfg1.1_8_tokens"])
 
 
 def test_every_released_tensor_finds_its_place():
-    for name, entry in fixture("released_checkpoint_layout.json").items():
-        if name == "tokenizer_v1":
-            config, model_class = TOKENIZERS["paper"], Tokenizer
-        else:
-            config, model_class = SIZES[name.removeprefix("GPT-")], AR
-        with torch.device("meta"):
-            weights = {key: torch.empty(shape) for key, shape in entry["state_dict"].items()}
-            own = model_class(config).state_dict()
+    layouts = json.loads(Path(fixture("released_checkpoint_layout.json")).read_text())
+    for name, entry in layouts.items():
+        weights = {key: torch.empty(shape, device="meta")
+                   for key, shape in entry["state_dict"].items()}
         saved = sample.translate({"ema": weights})
-        assert type(config)(**saved["config"]) == config
-        assert {key: value.shape for key, value in own.items() if "repa_head" not in key} == {
-            key: value.shape for key, value in saved["model"].items()}
+        if name == "tokenizer_v1":
+            assert TokenizerConfig(**saved["config"]) == TOKENIZERS["paper"]
+            saved["config"]["repa_depth"] = 0
+            sample.build(Tokenizer, TokenizerConfig, saved, "meta")
+        else:
+            saved["config"]["num_tokens"] = 256
+            ar = sample.build(AR, ARConfig, saved, "meta")
+            assert ar.config == SIZES[name.removeprefix("GPT-")]
 
 
 def test_released_files_of_all_layouts_load_and_sample(tmp_path):
@@ -192,15 +174,15 @@ def test_released_files_of_all_layouts_load_and_sample(tmp_path):
     said = quietly(sample.main, ["--ckpt", ar, "--tokenizer", tokenizer, "--tokens", "32",
                                  "--num", "1", "--out", str(tmp_path / "x.png")])
     assert "guidance 1.1:8.0 as trained" in said
-    ends = [sample.guidance_end(SIZES[size].depth) for size in ("B", "L", "XL", "XXL")]
-    assert ends == [8, 8, 10, 10]
-    raises(Mistake, "give --tokenizer FILE", sample.main, ["--ckpt", ar])
-    path, weights = str(tmp_path / "model.pt"), load_ar(ar).state_dict()
-    bare = {f"_orig_mod.{name}": value for name, value in weights.items()}
+    ends = [sample.guidance_end(SIZES[size].depth) for size in ("L", "XL")]
+    assert ends == [8, 10]
+    raises(Mistake, "give --tokenizer FILE", sample.main,
+           ["--ckpt", ar])
+    path, model = str(tmp_path / "model.pt"), load_ar(ar)
+    bare = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
     for layout in (bare, {"module": bare}, {"state_dict": bare}):
         torch.save(layout, path)
-        found = load_ar(path).state_dict()
-        assert all(torch.equal(found[name], weights[name]) for name in weights)
+        assert sample.digest(load_ar(path)) == sample.digest(model)
     torch.save({**bare, "odd": torch.ones(3)}, path)
     raises(RuntimeError, "odd", load_ar, path)  # torch names what does not fit
 
@@ -208,23 +190,23 @@ def test_released_files_of_all_layouts_load_and_sample(tmp_path):
 # ---- Two ways of computing: the tokenizer --------------------------------------------------------
 
 def test_models_have_the_papers_parameter_counts():
-    def size(module):
-        return sum(parameter.numel() for parameter in module.parameters())
     with torch.device("meta"):
-        tokenizers = [size(Tokenizer(TOKENIZERS[name])) for name in ("paper", "light")]
-        counts = {name: size(AR(SIZES[name])) for name in ("B", "L", "XL", "XXL")}
-    assert tokenizers == [300_099_776 + 7_344_896, 113_433_536]  # with the REPA heads
-    assert counts == {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672}
+        models = [Tokenizer(TOKENIZERS[name]) for name in ("paper", "light")]
+        models += [AR(SIZES[name]) for name in ("B", "L", "XL", "XXL")]
+    assert [sum(parameter.numel() for parameter in model.parameters()) for model in models] == [
+        300_099_776 + 7_344_896, 113_433_536,  # with the REPA heads
+        110_888_448, 342_910_976, 774_699_520, 1_410_972_672]
 
 
 def test_steps_use_the_papers_times_and_each_group_once_and_fewer_groups_end_with_a_jump():
     schedule = mt.sampling_schedule(8, 8, 2.0, 8)
-    expected = [0, .0667, .1429, .2308, .3333, .4545, .6, .7778, 1]
-    assert [round(step.t, 4) for step in schedule] + [schedule[-1].t_next] == expected
-    schedule = mt.sampling_schedule(8, 8, 2.0, 3)
-    assert [step.group for step in schedule] == [0, 1, 2] and schedule[-1].t_next == 1
-    groups = mt.group_of((torch.arange(16_000) + 0.5) / 16_000, 8).long()
-    assert torch.bincount(groups).tolist() == [1000] + [2000] * 6 + [3000]
+    times = [i / (16 - i) for i in range(9)]  # 0, 0.07, 0.14, ... 0.78, 1
+    assert np.allclose(schedule, [*zip(times, times[1:], range(8))])
+    schedule = mt.sampling_schedule(16, 8, 2.0, 3)
+    assert [step.group for step in schedule] == [0, 1, 1, 2, 2]
+    assert schedule[-1].t_next == 1
+    groups = mt.group_of(torch.arange(16) / 16, 8).long()
+    assert groups.bincount().tolist() == [1, 2, 2, 2, 2, 2, 2, 3]
 
 
 def test_split_attention_equals_masked_attention():
@@ -232,14 +214,15 @@ def test_split_attention_equals_masked_attention():
     for full in (10, 0, 16):
         mask = torch.ones(16, 16, dtype=torch.bool).tril()
         mask[:full, :full] = True  # patches see patches; query i sees them and queries <= i
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        expected = F.scaled_dot_product_attention(q, k, v,
+                                                  attn_mask=mask)
         close(mt.attend(q, k, v, full), expected, 1e-6)  # float32 rounding
 
 
 def changes_from(first, before, after):
     """Asserts that two results (B, N, D) differ from position `first` on, and only there."""
-    assert torch.equal(before[:, :first], after[:, :first])
-    assert ((before[:, first:] - after[:, first:]).abs().amax(-1) > 1e-4).all()
+    changed = (before != after).any(-1)
+    assert torch.equal(changed, torch.arange(16).expand(2, -1) >= first)
 
 
 @torch.no_grad()
@@ -247,7 +230,8 @@ def test_encoder_queries_decoder_and_ar_model_are_causal():
     model, ar, labels = small_tokenizer(), small_ar(), torch.tensor([0, 5])
     tokens, changed = some_tokens(), some_tokens()
     changed[:, 9] = (changed[:, 9] + 1) % 64
-    changes_from(9, model.condition(tokens), model.condition(changed))
+    changes_from(9, model.condition(tokens),
+                 model.condition(changed))
     changes_from(10, ar(labels, tokens), ar(labels, changed))  # logits of what stands before
     before = model.encoder(pictures())
     model.encoder.query_table[7] += 1
@@ -264,7 +248,8 @@ def test_quantizer_takes_the_nearest_row_in_float32_and_passes_gradients_straigh
     assert torch.equal(result.tokens, nearest)
     close(result.vectors, rows[nearest], 1e-6)  # float32 rounding, here and below
     close(result.loss, 1.25 * (unit - rows[nearest]).square().mean(-1), 1e-6)
-    through, = torch.autograd.grad(result.vectors, z, weight, retain_graph=True)
+    through, = torch.autograd.grad(result.vectors, z, weight,
+                                   retain_graph=True)
     direct, = torch.autograd.grad(unit, z, weight)
     close(through, direct, 1e-6)
 
@@ -277,7 +262,7 @@ def test_training_losses_equal_a_second_computation():
     t = (u / (u + 3 * (1 - u)))[:, None, None, None]
     x1 = 0.6 * images
     xt = t * x1 + (1 - t) * noise
-    tokens, loss = model.encode(images), model.quantizer(model.encoder(images)).loss
+    tokens, _, loss = model.quantizer(model.encoder(images))
     cond = model.condition(tokens).unflatten(1, (4, 4))[[0, 1, 2], [0, 2, 3]]
     v = model.diffusion(xt, t.flatten(), cond).velocity
     flow = ((v - (x1 - noise)) ** 2).mean() / 0.36
@@ -290,71 +275,66 @@ def test_training_losses_equal_a_second_computation():
 @torch.no_grad()
 def test_decoding_and_streaming_equal_the_sampler_written_out_and_read_no_later_token():
     model, tokens, noise = small_tokenizer(), some_tokens(), torch.randn(2, 3, 32, 32)
-    times = [0, 0.1, 0.25, 0.5]
-    for solver in mt.SOLVERS:
-        for groups in (1, 3, 4):
-            x, previews = noise, []
-            for k in range(groups):
-                cond = model.condition(tokens)[:, 4 * k:4 * k + 4]
-                v = model.diffusion(x, torch.full((2,), times[k]), cond).velocity
-                previews.append(x + (1 - times[k]) * v)
-                mixed = v if solver == "euler" or k == 0 else (3 * v - before) / 2
-                x = x + ([*times[:groups], 1][k + 1] - times[k]) * mixed
-                before = v
-            decoded = model.decode(tokens[:, :4 * groups], noise, None, solver, groups)
-            streamed = [*model.stream(tokens.split(4, 1), noise, solver, groups)]
-            expected = torch.stack([*previews[:-1], x, x]) / 0.6
-            close(torch.stack([*streamed, decoded]), expected, 1e-4)  # outputs of order 10
-    assert (model.decode(tokens, noise, 6) - model.decode(tokens, noise)).abs().max() > 0.1
-    raises(AssertionError, "4 groups: 16 tokens", model.decode, tokens[:, :8])
-    ar = AR(SMALL_AR)
-    raises(AssertionError, "groups of 5", next, ar.stream(torch.tensor([0]), group_size=5))
-
-
-def test_fresh_tokenizer_predicts_zero_velocity():
-    model = Tokenizer(SMALL)
-    output = model.diffusion(torch.randn(1, 3, 32, 32), torch.rand(1), torch.randn(1, 4, 64))
-    assert output.velocity.abs().max() == 0
+    for solver, slope, groups in (
+            ("euler", 0, 4), ("adams2", 0.5, 3), ("adams2", 0.5, 4)):
+        times = [0, 0.1, 0.25, 0.5][:groups] + [1]
+        x, images = noise, []
+        for cond, t, t_next in zip(model.condition(tokens).split(4, 1), times, times[1:]):
+            v = model.diffusion(x, torch.tensor([t]), cond).velocity
+            before = before if images else v
+            images.append(x + (1 - t) * v)
+            x = x + (t_next - t) * (v + slope * (v - before))
+            before = v
+        decoded = model.decode(tokens[:, :4 * groups], noise, None,
+                               solver, groups)
+        streamed = [*model.stream(tokens.split(4, 1), noise, solver, groups)]
+        expected = torch.stack([*images[:-1], x, x]) / 0.6
+        close(torch.stack([*streamed, decoded]), expected, 1e-4)  # outputs of order 10
+    assert (model.decode(tokens, noise, 6) - decoded).abs().max() > 0.1
+    raises(AssertionError, "4 groups: 16 tokens", model.decode,
+           tokens[:, :8])
 
 
 @torch.no_grad()
-def test_bf16_keeps_velocity_close_to_float32():
-    model, noise, t = small_tokenizer(), torch.randn(2, 3, 32, 32), torch.tensor([0.1, 0.7])
-    cond = model.condition(some_tokens())[:, :4]
-    velocity = model.diffusion(noise, t, cond).velocity
+def test_velocity_is_zero_at_first_and_it_and_the_residual_stream_are_float32_under_bf16():
+    model = Tokenizer(SMALL)
     with torch.autocast("cpu", torch.bfloat16):
-        found = model.diffusion(noise, t, cond).velocity
-    # bf16 has 8 bits: products err by 0.2 % each; a residual stream in bf16 makes it 0.8 %.
-    assert found.dtype == torch.float32 and (found - velocity).norm() < 0.0075 * velocity.norm()
+        velocity, stream = model.diffusion(pictures(1), torch.rand(1),
+                                           torch.randn(1, 4, 64))
+    assert velocity.abs().max() == 0
+    assert velocity.dtype == stream.dtype == torch.float32
 
 
 # ---- Two ways of computing: the autoregressive model ---------------------------------------------
 
 @torch.no_grad()
 def test_cached_generation_equals_uncached_generation():
-    model, labels = small_ar(), torch.tensor([0, 1, 4])
-    for cfg in (None, (1.1, 8.0)):
+    model = small_ar()
+    labels, nulls = torch.tensor([[0, 1, 4], [5, 5, 5]])
+    for cfg, scales in ((None, torch.ones(16)), ((1.1, 8.0), torch.linspace(1.1, 8, 16))):
         for count in (0, 1, 5, 16):
             prefix = tokens = some_tokens(3)[:, :count]
-            for i in range(count, 16):  # runs the whole sequence anew for each token
+            for scale in scales[count:]:  # runs the whole sequence anew for each token
                 padded = F.pad(tokens, (0, 1))
-                logits = model(labels, padded)[:, -1]
-                if cfg is not None:
-                    free = model(torch.full_like(labels, 5), padded)[:, -1]
-                    scale = cfg[0] + (cfg[1] - cfg[0]) * i / 15
-                    logits = free + scale * (logits - free)
-                tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+                logits, free = model(labels, padded), model(nulls, padded)
+                logits = free + scale * (logits - free)
+                tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
             groups = [*model.stream(labels, cfg, prefix, temperature=0.0, group_size=4)]
-            assert torch.equal(torch.cat(groups, 1), tokens) and len(groups) == 4
+            assert torch.equal(torch.cat(groups, 1), tokens)
+            assert len(groups) == 4
 
 
 def test_draws_have_the_models_distribution_from_the_first_possible_token_to_the_last():
     logits, count = torch.tensor([-1.0, 2.0, 0.0, 1.0, -2.0]), 40_000
     uniforms = torch.linspace(0, 1 - 2 ** -24, count)[:, None]  # the largest float32 below 1
     for temperature, top_k, top_p, allowed in (
-            (1.0, 0, 1.0, [0, 1, 2, 3, 4]), (0.5, 3, 1.0, [1, 2, 3]),
-            (1.0, 0, 0.8, [1, 3]), (0.0, 0, 1.0, [1])):
-        drawn = model_ar.draw(logits.expand(count, 5), uniforms, temperature, top_k, top_p)
+            (1.0, 0, 1.0, [0, 1, 2, 3, 4]),
+            (0.5, 3, 1.0, [1, 2, 3]),
+            (1.0, 0, 0.8, [1, 3]),
+            (1.0, 2, 0.7, [1]),  # of the two, the likelier has 0.73
+            (0.0, 0, 1.0, [1])):
+        drawn = model_ar.draw(logits.expand(count, 5), uniforms,
+                              temperature, top_k, top_p)
         expected = (logits[allowed] / (temperature or 1)).softmax(0)
         assert drawn.unique().tolist() == allowed
         close(drawn.bincount()[allowed] / count, expected, 2 / count)  # the ends of a range
@@ -380,6 +360,7 @@ def test_a_recorded_step_gives_the_tokens_of_the_plain_one_and_records_each_leng
                 with mock.patch.object(model_ar, "RecordedStep", None):
                     assert torch.equal(found, model.generate(*given, uniforms))
         assert record.call_count == len(step.recorded) == 3  # 16, 32 and 40 positions
+    raises(AssertionError, "groups of 7", next, model.stream(torch.tensor([0]), group_size=7))
 
 
 def test_on_a_gpu_no_tensor_is_left_on_the_cpu():
@@ -425,46 +406,45 @@ def save_images(folder, images, ending=".png"):
 def make_folder(root, *names, per_class=3):
     """A data set: sub-folders of images."""
     for seed, name in enumerate(names):
-        save_images(join(root, name), noise_images(per_class, seed), ".jpg")
+        save_images(join(root, name),
+                    noise_images(per_class, seed), ".jpg")
     return str(root)
 
 
 def test_built_in_pictures_depend_on_their_number_and_survive_the_way_to_tensors_and_back():
     train, held_out = train_tokenizer.open_data("shapes", 32)
-    assert np.array_equal(train[7][0], train_tokenizer.Shapes(5, 10, 32)[2][0])
-    assert train[7][1] == 7 and not np.array_equal(train[7][0], train[17][0])
+    assert train[7] == train_tokenizer.Shapes(5, 10, 32)[2] != train[17]
     assert train.first + len(train) <= held_out.first  # no picture in both
-    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    tensor = sample.to_tensor(Image.fromarray(pixels))
-    assert np.array_equal(sample.to_uint8(tensor[None])[0], pixels)
-    grid = sample.image_grid(pictures(5, 64), 3).crop((66, 66, 130, 130))
-    assert np.array_equal(grid, sample.to_uint8(pictures(5, 64))[4])
+    pixels = np.arange(64 * 64 * 3).astype(np.uint8)  # all levels, again and again
+    image = Image.fromarray(pixels.reshape(64, 64, 3))
+    images = torch.stack([*pictures(4, 64), sample.to_tensor(image)])
+    assert sample.image_grid(images, 3).crop((66, 66, 130, 130)) == image
 
 
 def test_folders_of_every_form_give_the_classes_that_people_mean(tmp_path):
     """What lies under DIR; the classes, or what the message names; held-out images."""
     for i, (folders, expected, held_out) in enumerate((
-            (["b_cat", "a_dog"], ["a_dog", "b_cat"], 1),
-            (["train/x", "train/y", "val/x", "val/y"], ["x", "y"], 6),
-            (["train/x", "train/y", "validation/x", "validation/y"], ["x", "y"], 6),
-            (["train/x", "train/y", "test/y"], ["x", "y"], 3),  # a class is lacking
-            (["train/x", "train/y"], ["x", "y"], 1), (["train/x", "annotations/z"], ["x"], 1),
-            (["train", "apple", "val"], ["apple", "train", "val"], 1),  # names of classes
-            (["train/cafe\u0301", "val/caf\u00e9"], ["caf\u00e9"], 3),  # accents of two forms
-            (["train/x", "dev/x"], ["x"], 1), ([], "must hold one sub-folder", 0),
-            (["train/x", "val/x", "val/z"], "that the training images lack: ['z']", 0),
-            ([".hidden/x"], "hold one sub-folder", 0))):
-        root = make_folder(tmp_path / str(i), *folders)
-        if isinstance(expected, str):
-            os.makedirs(root, exist_ok=True)
-            raises(Mistake, expected, train_tokenizer.open_data, root, 32)
+            ("b_cat a_dog", "a_dog b_cat", 1),
+            ("train/x train/y validation/x validation/y", "x y", 6),
+            ("train/x train/y test/y", "x y", 3),  # a class is lacking
+            ("train/x dev/x", "x", 1),
+            ("train apple val", "apple train val", 1),  # names of classes
+            ("train/cafe\u0301 val/caf\u00e9", "caf\u00e9", 3),  # accents of two forms
+            (".hidden/x", "must hold one sub-folder", 0),
+            ("train/x val/x val/z", "that the training images lack: ['z']", 0))):
+        root = make_folder(tmp_path / str(i), *folders.split())
+        if not held_out:
+            raises(Mistake, expected, train_tokenizer.open_data,
+                   root, 32)
             continue
         with contextlib.redirect_stdout(None):
             train, rest = train_tokenizer.open_data(root, 32)
-        assert train.classes == rest.classes == expected and len(rest) == held_out, folders
+        assert train.classes == rest.classes == expected.split()
+        assert len(rest) == held_out
         assert (rest.root, rest.names[0]) not in [(train.root, name) for name in train.names]
     os.makedirs(tmp_path / "0" / "c_empty")
-    raises(Mistake, "c_empty", train_tokenizer.open_data, str(tmp_path / "0"), 32)
+    raises(Mistake, "c_empty", train_tokenizer.open_data,
+           str(tmp_path / "0"), 32)
 
 
 def test_what_a_folder_was_taken_for_is_said_with_what_is_not_used(tmp_path):
@@ -481,97 +461,113 @@ def test_what_a_folder_was_taken_for_is_said_with_what_is_not_used(tmp_path):
 
 
 def test_one_walker_leaves_out_what_is_hidden_and_counts_what_is_no_image(tmp_path):
-    root, image = str(tmp_path), Image.fromarray(noise_images(1)[0])
-    for name in ("a_dog/deep/er/x.TIF", "a_dog/y.jfif.tiff", "b_cat/z.webp", "stray.png",
-                 ".ipynb_checkpoints/a.png", "b_cat/._x.png", "b_cat/.deep/b.png",
-                 "a_dog/notes.txt", "b_cat/x.txt", "b_cat/movie.gif"):
-        os.makedirs(os.path.dirname(join(root, name)), exist_ok=True)
-        image.save(join(root, name), "PNG")
+    names = ("a_dog/deep/er/x.TIF a_dog/y.jfif.tiff b_cat/z.webp stray.png "
+             ".ipynb_checkpoints/a.png b_cat/._x.png b_cat/.deep/b.png "
+             "a_dog/notes.txt b_cat/x.txt b_cat/movie.gif").split()
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        found, images = fid.find_images(root), train_tokenizer.Folder(root)
-    assert found == ["a_dog/deep/er/x.TIF", "a_dog/y.jfif.tiff", "b_cat/z.webp", "stray.png"]
+        assert fid.find_images(tmp_path) == names[:4]
+        assert len(train_tokenizer.Folder(str(tmp_path))) == 3
     assert "left out 3 files of other kinds, first a_dog/notes.txt" in said.getvalue()
-    assert len(images) == 3 and "left out 1 images in no class's folder" in said.getvalue()
+    assert "left out 1 images in no class's folder" in said.getvalue()
 
 
 def test_files_of_many_kinds_are_read_or_refused_by_name(tmp_path):
-    good = Image.fromarray(noise_images(1)[0])
+    good, path = Image.fromarray(noise_images(1)[0]), str(tmp_path / "x.png")
     deep = np.arange(2 ** 16, dtype=np.uint16).reshape(256, 256)
-    for name, kind, image in (
-            ("odd.png", "GIF", good), ("odd.jpg", "EPS", good),  # starts a program
-            ("half.jpg", "JPEG", good), ("half.png", "PNG", good),
-            ("a.jpg.png", "JPEG", good), ("a.webp", "WEBP", good), ("a.tif", "TIFF", good),
-            ("odd.tif", "TIFF", Image.new("F", (40, 50))),  # no value of white is known
-            ("cmyk.jpg", "JPEG", good.convert("CMYK")), ("palette.png", "PNG", good.convert("P")),
-            ("deep.png", "PNG", Image.fromarray(deep)),
-            ("alpha.png", "PNG", Image.new("RGBA", (40, 50)))):
-        path = join(tmp_path, name)
-        image.save(path, kind)
-        if "half" in name:
-            os.truncate(path, os.path.getsize(path) // 2)
-        if "half" in name or "odd" in name:
-            raises(Mistake, f"{path} cannot be read", sample.read_image, path)
-            continue
-        image, crop = sample.read_image(path), sample.center_crop(Image.open(path), 32)
-        assert image.mode == crop.mode == "RGB" and crop.size == (32, 32)
-        if "deep" in name:  # not white: 16 bits are scaled, not cut
-            assert 100 < np.mean(image) < 155 and 100 < np.mean(crop) < 155
-    assert np.min(image) == np.min(crop) == 255  # lies on white
+    light = np.mean(good)
+    for kind, image, mean in (
+            ("JPEG", good.convert("CMYK"), light),
+            ("WEBP", good, light),
+            ("TIFF", good, light),
+            ("PNG", Image.fromarray(deep), 127.5),  # 16 bits are scaled, not cut
+            ("PNG", Image.new("RGBA", (40, 50)), 255)):  # lies on white
+        image.save(path, kind)  # whatever the ending
+        for image in (sample.read_image(path), sample.center_crop(Image.open(path), 32)):
+            # A lossy kind and the crop change the mean by up to 2.6 levels.
+            assert image.mode == "RGB"
+            assert abs(np.mean(image) - mean) < 4
+    os.truncate(path, 60)
+    raises(Mistake, f"{path} cannot be read",
+           sample.read_image, path)
+    good.save(path, "GIF")  # for some kinds, Pillow starts programs
+    raises(Mistake, f"{path} cannot be read",
+           sample.read_image, path)
+    Image.new("F", (40, 50)).save(path, "TIFF")
+    raises(Mistake, "no value of white", sample.read_image, path)
 
 
 def test_crops_have_the_right_size_and_views_are_mirrored_unless_flips_are_off(tmp_path):
     pixels, rng = noise_images(1, size=(256, 200)), np.random.default_rng(0)
     image = Image.fromarray(pixels[0, :128, :100])
     boxes = image.resize((50, 64), Image.Resampling.BOX)  # as ADM does, before the bicubic rule
-    assert sample.center_crop(image, 32) == boxes.resize((32, 41)).crop((0, 4, 32, 36))
-    crops = [train_tokenizer.random_crop(image, 32, 1.25, True, rng) for _ in range(20)]
-    assert {crop.size for crop in crops} == {(32, 32)}
+    crop = sample.center_crop(image, 32)
+    assert crop == boxes.resize((32, 41)).crop((0, 4, 32, 36))
+    assert {train_tokenizer.random_crop(image, 32, 1.25, True, rng).size
+            for _ in range(20)} == {(32, 32)}
     for flip in (False, True):
-        crops = [train_tokenizer.random_crop(crops[0], 32, 1, flip, rng) for _ in range(20)]
+        crops = [train_tokenizer.random_crop(crop, 32, 1, flip, rng) for _ in range(20)]
         assert len({crop.tobytes() for crop in crops}) == 1 + flip
     for views in (2, 10):
-        crops, plain = (train_ar.FixedCrops([(image, 0)], 32, views, flip)[0][0].numpy()
+        crops, plain = (train_ar.FixedCrops([(image, 0)], 32, views, flip)[0][0]
                         for flip in (True, False))
-        assert np.array_equal(plain, crops[::2])
-        assert len({crop.tobytes() for crop in crops}) == views
-        assert np.array_equal(np.flip(plain, 3), crops[1::2])
+        assert torch.equal(plain, crops[::2])
+        assert torch.equal(plain.flip(3), crops[1::2])
+        assert len(crops.unique(dim=0)) == views
     # A large JPEG is decoded at a fraction for random crops, and only for them.
     save_images(tmp_path / "x", pixels, ".jpg")
     train = train_tokenizer.Folder(str(tmp_path))
     held_out = copy.copy(train)
     train.draft_size = 32
-    assert train[0][0].size == (100, 128) and held_out[0][0].size == (200, 256)
+    assert train[0][0].size == (100, 128)
+    assert held_out[0][0].size == (200, 256)
 
 
 def test_an_epoch_shows_each_image_once_and_the_autoregressive_model_a_view_of_it():
     order = [train_tokenizer.item_at(i, 30, 0) for i in range(60)]
-    assert sorted(order[:30]) == sorted(order[30:]) == [*range(30)] and order[:30] != order[30:]
+    assert sorted(order[:30]) == sorted(order[30:]) == [*range(30)]
+    assert order[:30] != order[30:]
     codes = np.arange(30 * 41, dtype=np.uint16).reshape(30, 41)
     with mock.patch.object(train_ar, "SHARD", 8):
         shards = np.split(codes, (8, 16, 24))
-        labels, tokens = train_ar.read_batch(shards, 30, 0, range(60), 4)
-    for number, label, some in zip(order, labels.tolist(), tokens.tolist()):
-        row = codes[number].tolist()
-        assert label == row[0] and some in [row[i:i + 4] for i in range(1, 41, 4)]
-    assert not torch.equal(tokens[:30].sort(0).values, tokens[30:].sort(0).values)  # other views
+        labels, tokens = train_ar.read_batch(shards, 30, 0,
+                                             range(60), 4)
+    assert labels.tolist() == [41 * i for i in order]
+    begins = tokens - labels[:, None] - torch.arange(1, 5)  # where the view begins in a row
+    assert {*map(tuple, begins.tolist())} == {(i,) * 4 for i in range(0, 40, 4)}
+    assert len(tokens.unique(dim=0)) > 30  # other views in the second epoch
 
 
 # ---- Parts of training ---------------------------------------------------------------------------
 
-def test_learning_rate_warms_up_stays_and_falls_times_are_even_and_averages_follow():
+def test_learning_rate_warms_up_stays_and_falls_and_weight_decay_reaches_matrices_only():
     config = train_tokenizer.TrainConfig(steps=100, lr=1.0, lr_final=0.1, warmup_steps=10,
-                                         decay_steps=50)
-    model, ema, rates = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), []
+                                         decay_steps=50, weight_decay=0.5)
+    model, rates = torch.nn.Linear(2, 2), []
     optimizer = train_tokenizer.make_optimizer(model, config)
     for step in (1, 10, 51, 76):
         train_tokenizer.set_lr(optimizer, step, config)
         rates.append(optimizer.param_groups[0]["lr"])
     assert np.allclose(rates, [0.1, 1.0, 1.0, 0.55])
-    u = train_tokenizer.draw_times(64, torch.Generator().manual_seed(0))
-    assert sorted((u * 64).long().tolist()) == list(range(64)) and not torch.equal(u.sort()[0], u)
+    weight, bias = map(torch.clone, model.parameters())
+    (0 * model(torch.ones(1, 2)).sum()).backward()
+    optimizer.step()
+    close(model.weight, (1 - 0.55 * 0.5) * weight, 1e-6)  # float32 rounding
+    assert torch.equal(model.bias, bias)
+
+
+def test_times_are_even_and_averages_follow():
+    u = train_tokenizer.draw_times(64,
+                                   torch.Generator().manual_seed(0))
+    assert (u * 64).long().bincount().tolist() == [1] * 64
+    assert not torch.equal(u.sort()[0], u)
     with mock.patch.object(torch, "rand", lambda *_, **__: torch.tensor(1 - 2 ** -24)):
         assert train_tokenizer.draw_times(64, torch.Generator()).max() < 1
-    expected = 0.9 * ema.weight.detach() + 0.1 * model.weight
+    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * ema.weight + 0.1 * model.weight
     train_tokenizer.update_ema(ema, model, 0.9)
     close(ema.weight, expected, 1e-6)  # float32 rounding
 
@@ -582,10 +578,12 @@ def test_unused_codebook_rows_are_reseeded():
         use.update(torch.tensor([[0, 1]]))
     assert use.idle.tolist() == [0, 0, 3, 3]
     codebook, average = torch.zeros(2, 4, 8)
-    use.reseed(z, torch.Generator().manual_seed(0), 3, [codebook, average])
-    assert codebook[:2].abs().max() == 0 and torch.equal(codebook, average)
-    distances = torch.cdist(codebook[2:], F.normalize(z, dim=-1).flatten(0, 1))
-    assert distances.min(1).values.max() < 1e-3  # cdist's own rounding
+    use.reseed(z, torch.Generator().manual_seed(0), 3,
+               [codebook, average])
+    assert codebook[:2].abs().max() == 0
+    assert torch.equal(codebook, average)
+    unit = F.normalize(z, dim=-1).flatten(0, 1).tolist()
+    assert all(row in unit for row in codebook[2:].tolist())
 
 
 def test_perceptual_and_alignment_losses_fall_to_0_where_they_should_and_train(tmp_path):
@@ -599,19 +597,21 @@ def test_perceptual_and_alignment_losses_fall_to_0_where_they_should_and_train(t
             mock.patch.object(torch.hub, "load", lambda repository, *_, **__:
                               {"facebookresearch/dinov2:main": dino}[repository]):
         lpips, repa = train_tokenizer.PerceptualLoss(), train_tokenizer.RepaLoss()
-        train("tokenizer", tmp_path, "--diffusion-depth", 2, "--repa-depth", 1,
-              "--lpips", 0.5, "--repa", 0.5, "--steps", 1)
+        train("tokenizer", tmp_path, *(
+            "--diffusion-depth 2 --repa-depth 1 --lpips 0.5 --repa 0.5 --steps 1").split())
     assert {"lpips", "repa"} <= {*log_of(tmp_path)[0]}
-    images, other = pictures(2, 64), pictures(4, 64)[2:].requires_grad_()
-    output = mt.TrainOutput(None, None, images, None, None, None)
-    assert lpips(output, images) == 0 and not lpips.net.training
-    distance = lpips(output._replace(predicted=other), images)
+    images = pictures(2, 64)
+    other = images.flip(0).requires_grad_()
+    assert lpips(mock.Mock(predicted=images), images) == 0
+    assert not lpips.net.training
+    distance = lpips(mock.Mock(predicted=other), images)
     assert distance > 0 and distance.requires_grad
     mean, std = repa.moments
-    small = F.interpolate((images / 2 + 0.5 - mean) / std, 56, mode="bicubic")
-    features = dino.forward_features(small)["x_norm_patchtokens"]        # (2, 16, 768)
-    assert abs(repa(output._replace(repa=features), images)) < 1e-5  # rounding of a cosine
-    assert repa(output._replace(repa=-features), images) > 1
+    small = F.interpolate((images / 2 + 0.5 - mean) / std, 56,
+                          mode="bicubic")
+    features = dino(small).flatten(2).mT                                 # (2, 16, 768)
+    for sign in (1, -1):  # up to rounding of a cosine
+        assert abs(repa(mock.Mock(repa=sign * features), images) - (1 - sign)) < 1e-5
 
 
 # ---- Runs of the trainers ------------------------------------------------------------------------
@@ -627,7 +627,8 @@ def start(*command, **environment):
 def photographs():
     """A data set of 100 images for training, one of which cannot be read, and 6 held out."""
     root = join(KEPT.name, "data")
-    make_folder(join(root, "train"), "a_dog", "b_cat", per_class=50)
+    make_folder(join(root, "train"), "a_dog", "b_cat",
+                per_class=50)
     make_folder(join(root, "val"), "a_dog", "b_cat")
     Path(root, "train", "a_dog", "020.jpg").write_text("no image")
     return root
@@ -645,7 +646,8 @@ def options(name):
 
 def train(name, out, *more):
     """Runs a trainer in this process; returns what it printed."""
-    return quietly(TRAINERS[name].main, [*options(name), "--out", str(out), *map(str, more)])
+    return quietly(TRAINERS[name].main,
+                   [*options(name), "--out", str(out), *map(str, more)])
 
 
 @functools.cache
@@ -791,14 +793,16 @@ def test_a_number_that_is_not_finite_stops_the_run_by_name(tmp_path):
         output = real(*args)
         return output._replace(vq_loss=output.vq_loss * (math.nan if len(calls) == 3 else 1))
     with mock.patch.object(Tokenizer, "forward", broken):
-        raises(Mistake, "vq is not finite", train, "tokenizer", tmp_path, "--log-every", 100)
+        raises(Mistake, "vq is not finite", train, "tokenizer",
+               tmp_path, "--log-every", 100)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
 
 
 def test_unreadable_images_are_named_and_passed(tmp_path):
     trained("ar")  # goes past one, too
     bad = join(photographs(), "train", "a_dog", "020.jpg")
-    said = train("tokenizer", tmp_path, "--data", photographs(), "--batch", 32, "--eval-images", 1)
+    said = train("tokenizer", tmp_path, "--data", photographs(),
+                 "--batch", 32, "--eval-images", 1)
     assert f"skipped: {bad} cannot be read" in said
     assert "group_knows" not in log_of(tmp_path)[-1]  # of one image, no number
 
@@ -818,38 +822,41 @@ def in_two_processes(program, *flags, fails=False):
 
 def test_two_processes_and_two_passes_take_the_steps_of_one(tmp_path):
     """Sums of gradients differ by rounding, which Adam magnifies where gradients are near zero: so
-    the weights must agree to a twentieth of the way they went."""
-    for name, load in (("tokenizer", load_tokenizer), ("ar", load_ar)):
+    the weights must agree to a twentieth of the way they went, whose norm is 0.09 or 0.19."""
+    for name in TRAINERS:
         one, passes, two = (tmp_path / name / how for how in ("one", "passes", "two"))
         train(name, one, *STEADY[name])
         train(name, passes, *STEADY[name], "--micro-batch", 2)
-        in_two_processes(f"train_{name}.py", *options(name), *STEADY[name], "--out", two)
-        model = load(str(one / "last.pt"))
-        torch.manual_seed(0)
-        begun = type(model)(model.config).parameters()
-        way = weights_of(one) - torch.nn.utils.parameters_to_vector(begun)
+        in_two_processes(f"train_{name}.py", *options(name),
+                         *STEADY[name], "--out", two)
         for folder in (passes, two):
             difference = weights_of(folder) - weights_of(one)
-            assert difference.norm() < 0.05 * way.norm(), folder
+            assert difference.norm() < 4e-3, folder
+
+
+def test_processes_that_load_images_change_nothing(tmp_path):
+    for name, more in (("tokenizer", []), ("ar", ["--codes", tmp_path])):
+        train(name, tmp_path / name, "--workers", 2, *more)
+        assert torch.equal(weights_of(tmp_path / name),
+                           weights_of(trained(name)))
 
 
 def test_new_runs_start_from_the_weights_of_others_classes_by_name(tmp_path):
-    still = ["--lr", 0, "--lr-final", 0, "--steps", 1, "--init-from"]
-    tokenizer, ar = (join(trained(name), "last.pt") for name in TRAINERS)
-    train("tokenizer", tmp_path / "tokenizer", *still, tokenizer, "--reseed-after", 0)
-    assert torch.equal(weights_of(tmp_path / "tokenizer"), weights_of(trained("tokenizer"), "ema"))
     data = make_folder(tmp_path / "data", "a_ant", "b_cat", "a_dog")  # ant is new
-    said = train("ar", tmp_path / "ar", *still, ar, "--data", data)
+    for name, flags, width in (("tokenizer", ["--reseed-after", 0], 0),
+                               ("ar", ["--data", data], 128)):
+        said = train(name, tmp_path / name, *flags, "--lr", 0, "--lr-final", 0, "--steps", 1,
+                     "--init-from", join(trained(name), "last.pt"))
+        # After the ant's row of the class embedding all is as it was.
+        found = weights_of(tmp_path / name)[width:]
+        assert torch.equal(found, weights_of(trained(name), "ema"))
     assert "2 classes by name; 1 new: a_ant" in said
-    tuned, begun = load_ar(str(tmp_path / "ar" / "last.pt")), load_ar(ar)
-    assert torch.equal(tuned.output.weight, begun.output.weight)
-    rows = tuned.cls_embedding.weight[1:]  # dog, cat, the null class
-    assert torch.equal(rows, begun.cls_embedding.weight)
     # The authors' classes have numbers: by position where the folders are sorted WordNet ids
     path, model = str(tmp_path / "released.pt"), AR(replace(SMALL_AR, num_classes=1000))
     torch.save({**sample.pack("ar", model), "classes": [*map(str, range(1000))]}, path)
     names = [f"n{1440764 + i:08d}" for i in range(1000)]
-    assert "1000 classes by name" in quietly(train_ar.start_from, model, path, names, None)
+    assert "1000 classes by name" in quietly(train_ar.start_from, model,
+                                             path, names, None)
 
 
 def test_held_out_numbers_are_logged_of_the_averaged_weights(tmp_path):
@@ -925,7 +932,8 @@ def test_images_depend_on_seed_and_number_not_on_batches_processes_or_interrupti
         return samples_in(path)
 
     def draw_in_two(*flags):
-        in_two_processes("sample.py", "--ckpt", small_checkpoint(), *flags)
+        in_two_processes("sample.py", "--ckpt",
+                         small_checkpoint(), *flags)
     whole, calls = npz("--batch", "20"), []
     with mock.patch.object(sample, "to_uint8", interrupted(sample.to_uint8, calls)):
         raises(KeyboardInterrupt, "", npz, "--batch", "7")
@@ -944,7 +952,8 @@ def test_images_depend_on_seed_and_number_not_on_batches_processes_or_interrupti
 def test_each_class_is_drawn_equally_often_and_shuffled():
     config = sample.SampleConfig(num_images=200, npz="x")
     labels = sample.labels_of(config, list("abcde"))
-    assert np.bincount(labels).tolist() == [40] * 5 and labels[:5] != [0, 1, 2, 3, 4]
+    assert np.bincount(labels).tolist() == [40] * 5
+    assert labels[:5] != [0, 1, 2, 3, 4]
     config = sample.SampleConfig(num_images=3, labels="c,0")
     assert sample.labels_of(config, list("abcde")) == [2, 0, 2]
     # A number is a name where names are numbers; accents come in two forms.
@@ -961,24 +970,28 @@ def test_each_mode_draws_what_the_library_draws(tmp_path):
     save_images(tmp_path, [photo])
     reference = sample.to_tensor(sample.center_crop(Image.fromarray(photo), 32))[None]
 
-    def expected(groups=4, kept=0):
-        uniforms = torch.stack([torch.rand(16, generator=sample.seeded(0, "tokens", i))
-                                for i in (0, 1)])
+    def expected(kept=0, drawing=(1.0, 0, 1.0), **how):
+        uniforms, noise = [], []
+        for i in (0, 1):
+            uniforms.append(torch.rand(16, generator=sample.seeded(0, "tokens", i)))
+            noise.append(torch.randn(3, 32, 32, generator=sample.seeded(0, "start", i)))
         prefix = tokenizer.encode(reference)[:, :kept].expand(2, -1)
-        tokens = ar.generate(torch.tensor([0, 3]), (1.1, 3.0), prefix, uniforms=uniforms)
-        noise = torch.stack([torch.randn(3, 32, 32, generator=sample.seeded(0, "start", i))
-                             for i in (0, 1)])
-        return tokenizer.decode(tokens, noise, groups=groups)
+        tokens = ar.generate(torch.tensor([0, 3]), (1.1, 3.0), prefix, *drawing,
+                             uniforms=torch.stack(uniforms))
+        return tokenizer.decode(tokens, torch.stack(noise), **how)
 
     def check(images, columns, *flags):
         draw("--labels", "a,3", *flags, "--out", out)
         assert levels_apart(Image.open(out), sample.image_grid(images, columns)) <= 1  # rounding
     with mock.patch.object(model_ar, "draw", wraps=model_ar.draw) as calls:
         check(expected(groups=2), 2, "--tokens", 8, "--num", 2)
-    assert calls.call_count == 8 + 16  # no token is drawn in vain; all by `expected`
+    check(expected(drawing=(2.0, 9, 0.7), steps=6, solver="euler"), 2,
+          "--temperature", 2.0, "--top-k", 9, "--top-p", 0.7,
+          "--steps", 6, "--solver", "euler", "--num", 2)
     check(expected(), 2, "--stream")
-    rows = [part for kept in (0, 5, 16) for part in (reference, expected(kept=kept))]
-    check(torch.cat(rows), 3, "--prefix", tmp_path / "000.png", "--keep", "0,5,16")
+    rows = [part for kept in (0, 5, 16) for part in (reference, expected(kept))]
+    check(torch.cat(rows), 3, "--prefix", tmp_path / "000.png",
+          "--keep", "0,5,16")
     assert {"s_004.png", "s_016.png", "s_steps.png"} < {*os.listdir(tmp_path)}
     assert Image.open(tmp_path / "s.gif").n_frames == 4
 
@@ -987,7 +1000,8 @@ def test_reconstructions_come_with_the_same_crops_and_psnr(tmp_path):
     folder, photos, chosen = tmp_path / "images", noise_images(20), sample.spread(10, 20)
     assert max(chosen) > 15  # from all over the folder
     save_images(folder, photos)
-    said = draw("--reconstruct", folder, "--num", 10, "--batch", 4, "--out", tmp_path / "r.png")
+    said = draw("--reconstruct", folder, "--num", 10, "--batch", 4,
+                "--out", tmp_path / "r.png")
     originals, decoded = (samples_in(tmp_path / f"r_{name}.npz")
                           for name in ("originals", "reconstructions"))
     crops = [np.array(sample.center_crop(Image.fromarray(photos[i]), 32)) for i in chosen]
@@ -1008,20 +1022,19 @@ def test_checkpoints_give_back_the_model_and_nothing_in_others_runs(tmp_path):
     path, model = str(tmp_path / "t.pt"), small_tokenizer()
     sample.write(path, lambda file: torch.save(sample.pack("tokenizer", model), file))
     loaded, noise = load_tokenizer(path), torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded.decode(some_tokens(), noise), model.decode(some_tokens(), noise))
-    assert loaded.repa_head is None and os.listdir(tmp_path) == ["t.pt"]
+    assert torch.equal(loaded.decode(some_tokens(), noise),
+                       model.decode(some_tokens(), noise))
+    assert loaded.repa_head is None
+    assert os.listdir(tmp_path) == ["t.pt"]
     raises(Mistake, "is a checkpoint of kind 'tokenizer', 'ar' is needed", load_ar, path)
     harmful = Harmful(tmp_path / "created")
-    for content in (harmful, {"model": {}, "args": harmful}, [1],
-                    {"model": {"odd": torch.ones(2)}}):
+    for content in ({"model": {}, "args": harmful}, [1], {"model": {"odd": torch.ones(2)}}):
         torch.save(content, path)
-        for load in (load_ar, load_tokenizer):
-            raises(Mistake, f"{path} is no checkpoint of this code", load, path)
+        raises(Mistake, f"{path} is no checkpoint of this code",
+               load_ar, path)
     Path(path).write_bytes(pickle.dumps(harmful))
     raises(Mistake, "damaged", load_ar, path)
     assert not os.path.exists(harmful)
-    pickle.loads(Path(path).read_bytes())  # ... which runs it
-    assert os.path.exists(harmful)
 
 
 def test_files_are_whole_also_where_two_processes_write_one_or_it_cannot_be_written(tmp_path):
@@ -1049,40 +1062,43 @@ def test_loaded_models_do_not_hang_on_their_file(tmp_path):
 
 def test_mistakes_get_one_clear_line(tmp_path):
     ckpt = f"--ckpt {small_checkpoint()}"
-    sample.image_grid(pictures(1), 1).save(tmp_path / "photo.png")
+    photo = tmp_path / "photo.png"
+    sample.image_grid(pictures(1), 1).save(photo)
     for program, text, flags in (
             (train_tokenizer, "the 6 images of", "--preset toy --batch 6 --micro-batch 4"),
             (train_tokenizer, "--repa needs a --repa-depth", "--preset toy --repa 1"),
             (train_tokenizer, "no folder x", "--repa 0 --diffusion-depth 8 --data x"),
-            (train_ar, "--size must be one of B, L", "--size M"),
-            (train_ar, "--views 1, 2 or 10", "--views 3"),
-            (sample, "--cfg must be", ckpt + " --cfg 1:2:3"),
-            (sample, "--cfg must be", ckpt + " --cfg nan:2"),
-            (sample, "--keep needs", ckpt + f" --prefix {tmp_path / 'photo.png'} --keep 17"),
-            (sample, "--keep needs", ckpt + f" --prefix {tmp_path / 'photo.png'} --keep 1/4"),
-            (sample, "--steps has no effect", ckpt + " --stream --steps 4"),
-            (sample, "--labels has no effect", ckpt + " --reconstruct x --labels a"),
-            (sample, "no class '5'", ckpt + " --labels b,5"),
-            (sample, "exclude one another", ckpt + " --stream --npz x.npz"),
-            (sample, "--out end in .png", ckpt + " --out x.txt"),
-            (sample, "is there already", ckpt + f" --npz {small_checkpoint()}"),
-            (sample, "--tokens must be a multiple of 4", ckpt + " --tokens 6"),
-            (sample, "no folder nowhere", ckpt + " --reconstruct nowhere")):
-        if "--out" not in flags:
-            flags += f" --out {tmp_path / 'out' / 'x.png'}"
-        raises(Mistake, text, quietly, program.main, flags.split())
-    for program, text, flags in (  # as argparse says them
             (train_tokenizer, "num_tokens must divide by num_groups", "--num-groups 7"),
             (train_tokenizer, "num_groups must be above 0", "--num-groups 0"),
-            (train_tokenizer, "num_tokens must be at most max_tokens", "--num-tokens 2048"),
-            (train_tokenizer, "decoder_width must divide by head_dim", "--decoder-width 100"),
+            (train_tokenizer, "num_tokens must be at most max", "--num-tokens 2048"),
+            (train_tokenizer, "decoder_width must divide by head", "--decoder-width 100"),
             (train_tokenizer, "head_dim must divide by 4", "--head-dim 6"),
             (train_tokenizer, "--lr must be at least 0 and below inf, got nan", "--lr nan"),
-            (train_tokenizer, "--batch must be at least 1 and below inf, got 0", "--batch 0"),
-            (train_ar, "--ema must be at least 0 and below 1, got 1", "--ema 1")):
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            raises(SystemExit, "2", program.main, flags.split())
-        assert text in said.getvalue(), said.getvalue()
+            (train_tokenizer, "--batch must be at least 1", "--batch 0"),
+            (train_ar, "--ema must be at least 0 and below 1, got 1", "--ema 1"),
+            (train_ar, "x: --size must be one of B, L", "--size M"),
+            (train_ar, "--views 1, 2 or 10", "--views 3"),
+            (sample, "--cfg must be", f"{ckpt} --cfg 1:2:3"),
+            (sample, "--cfg must be", f"{ckpt} --cfg nan:2"),
+            (sample, "--keep needs", f"{ckpt} --prefix {photo} --keep 17"),
+            (sample, "--keep needs", f"{ckpt} --prefix {photo} --keep 1/4"),
+            (sample, "--steps has no effect", f"{ckpt} --stream --steps 4"),
+            (sample, "--labels has no effect", f"{ckpt} --reconstruct x --labels a"),
+            (sample, "no class '5'", f"{ckpt} --labels b,5"),
+            (sample, "exclude one another", f"{ckpt} --stream --npz x.npz"),
+            (sample, "--out end in .png", f"{ckpt} --out x.txt"),
+            (sample, "is there already", f"{ckpt} --npz {small_checkpoint()}"),
+            (sample, "--tokens must be a multiple of 4", f"{ckpt} --tokens 6"),
+            (sample, "no folder nowhere", f"{ckpt} --reconstruct nowhere"),
+            (sample, "images at a time", "--help")):
+        argv, said = ["x", "--out", f"{tmp_path}/x.png", *flags.split()], io.StringIO()
+        with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(said), \
+                contextlib.redirect_stderr(said):
+            try:
+                sample.run(program.main)
+            except SystemExit as end:
+                print(end)
+        assert text in said.getvalue(), (text, said.getvalue())
 
 
 def test_importing_does_nothing_and_a_mistake_ends_a_program_with_one_line():
@@ -1092,11 +1108,6 @@ def test_importing_does_nothing_and_a_mistake_ends_a_program_with_one_line():
     running = start("-c", code)
     assert running.communicate() == (f"x: {missing}\n", None)
     assert running.returncode == 1
-    with mock.patch.object(sys, "argv", ["x", "--ckpt", "nowhere"]):  # %run in a notebook
-        raises(SystemExit, f"x: {missing}", quietly, sample.run, sample.main)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        raises(SystemExit, "0", sample.main, ["--help"])
-    assert "batch: int = 100               # images at a time" in said.getvalue()
     # What the system refuses, too; under a terminal without accents
     code = "import sample; sample.run(lambda: (print('caf\\xe9'), open('nowhere')))"
     said, _ = start("-c", code, PYTHONIOENCODING="ascii").communicate()
@@ -1117,9 +1128,9 @@ def test_ten_lines_of_the_readme_run(tmp_path):
 class TinyInception(torch.nn.Module):
     """Stands for InceptionV3: 8, 6 and 5 numbers an image in place of 2048, 2023 and 1008."""
     def forward(self, images):
-        x = images[:, :4, :4].flatten(1).float() / 128 - 1                   # (B, 48)
-        pool = torch.tanh(x @ torch.arange(48 * 8.0).view(48, 8).cos() / 4)
-        return fid.Features(pool, pool[:, :6].square(), (9 * pool[:, :5]).softmax(1))
+        pool = images[:, 0, :8, 0].float() / 128                             # (B, 8)
+        return fid.Features(pool, pool[:, :6].square(),
+                            (9 * pool[:, :5]).softmax(1))
 
 
 def tiny_fid(*argv):
@@ -1130,31 +1141,25 @@ def tiny_fid(*argv):
         return fid.main([*map(str, argv)]), said.getvalue()
 
 
-def random_inception():
-    """The network in random weights that keep the size of activations from layer to layer."""
+def gaussian(n, d, seed):
+    return np.random.default_rng(seed).standard_normal((n, d)) * np.linspace(.1, 2, d) + 1
+
+
+def moments(rows):
+    rows = np.float64(rows)
+    return rows.mean(0), np.cov(rows, rowvar=False)
+
+
+def test_inception_equals_torch_fidelitys_and_loads_its_weights(tmp_path):
     torch.manual_seed(0)
-    network = fid.InceptionV3()
-    for name, tensor in network.state_dict().items():
+    network, path = fid.InceptionV3(), str(tmp_path / "weights.pth")
+    for name, tensor in network.state_dict().items():  # activations keep their size in them
         if name.endswith("conv.weight"):
             tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
         elif name.endswith(("bn.weight", "running_var")):
             tensor.uniform_(0.8, 1.2)
         elif name.endswith(("bias", "running_mean")):
             tensor.normal_(0, 0.1)
-    return network
-
-
-def gaussian(n, d, seed):
-    return np.random.default_rng(seed).standard_normal((n, d)) * np.linspace(.1, 2, d) + 1
-
-
-def moments(rows):
-    rows = np.asarray(rows, np.float64)
-    return rows.mean(0), np.cov(rows, rowvar=False)
-
-
-def test_inception_equals_torch_fidelitys_and_loads_its_weights(tmp_path):
-    network, path = random_inception(), str(tmp_path / "weights.pth")
     images = torch.from_numpy(noise_images(2, size=(20, 30)))
     torch.save(network.state_dict(), path)
     pool, spatial, probs = fid.load_inception(path)(images)
@@ -1162,76 +1167,67 @@ def test_inception_equals_torch_fidelitys_and_loads_its_weights(tmp_path):
     expected = [3.130364, 5.148030, 1.536695, 1.666369]  # torch-fidelity's, in these weights
     close(pool[0, [2, 3, -2, -1]], torch.tensor(expected), 5e-4)  # float32, through 48 layers
     close(probs, (pool @ network.fc.weight.T).softmax(1), 1e-6)
-    assert spatial.min() == 0 and spatial.max() > 0  # after the ReLU
+    assert spatial.min() == 0
+    assert spatial.max() > 0  # after the ReLU
     images = torch.rand(1, 3, 299, 299)
     assert torch.equal(fid.resize(images, 13), images[:, :, ::23, ::23])  # as TensorFlow 1
-    raises(Mistake, "fetch https://github.com/mseitzer", fid.load_inception, "nowhere.pth")
+    raises(Mistake, "fetch https://github.com/mseitzer",
+           fid.load_inception, "nowhere.pth")
 
 
-def test_frechet_distance_is_scipys_also_of_few_samples():
-    x, y = gaussian(300, 40, 2), gaussian(200, 40, 3) * 1.1
-    few, others = x[:12], y[:15]  # ranks 11 and 14: tr (...)^(1/2) by singular values instead
-    cross = (few - few.mean(0)) @ (others - others.mean(0)).T / np.sqrt(11 * 14)
-    root = scipy.linalg.sqrtm(moments(x)[1] @ moments(y)[1]).real
-    for x, y, trace, tolerance in ((x, y, np.trace(root), 1e-10),
-                                   (few, others, np.linalg.norm(cross, "nuc"), 1e-7)):
-        a, b = moments(x), moments(y)
-        expected = ((a[0] - b[0]) ** 2).sum() + np.trace(a[1] + b[1]) - 2 * trace
-        assert np.isclose(fid.frechet_distance(*a, *b), expected, rtol=tolerance)
-        assert fid.frechet_distance(*a, *a) < 1e-10
+def test_frechet_distance_has_its_closed_forms():
+    mu, sigma = moments(gaussian(300, 40, 2))
+    for other, trace in ((4 * sigma, 2 * np.trace(sigma)),
+                         (np.outer(mu, mu), np.sqrt(mu @ sigma @ mu))):  # of rank 1, as of two
+        expected = mu @ mu + np.trace(sigma + other) - 2 * trace
+        assert np.isclose(fid.frechet_distance(mu, sigma, 0 * mu, other), expected, rtol=1e-7)
+        assert fid.frechet_distance(mu, other, mu, other) < 1e-10
 
 
 def test_inception_score_of_uniform_predictions_is_1_and_of_balanced_classes_their_number():
     assert np.allclose(fid.inception_score(torch.full((50, 10), 0.1)), (1, 0))
-    assert np.allclose(fid.inception_score(torch.eye(10).repeat(7, 1)), (10, 0))
     # Splits in file order, the last one shorter: one class only, then three in turn
     probs = torch.cat([torch.eye(3)[:1].expand(6, 3), torch.eye(3)])
     assert np.allclose(fid.inception_score(probs, 6), (2, 1))
 
 
-def brute_force(reference, generated):
-    """Precision and recall by their definition."""
-    def covered(points, centres):
-        between = np.linalg.norm(centres[:, None] - centres, axis=-1)
-        radii = np.sort(between)[:, 3]  # of a point, the first is itself
-        return (np.linalg.norm(points[:, None] - centres, axis=-1) <= radii).any(1).mean()
-    return covered(generated, reference), covered(reference, generated)
-
-
 def test_precision_and_recall_are_those_of_brute_force():
+    def covered(points, centres):
+        radii = np.sort(cdist(centres, centres))[:, 3]  # of a point, the first is itself
+        return (cdist(points, centres) <= radii).any(1).mean()
     x, y = gaussian(150, 6, 7), gaussian(130, 6, 8) * 1.3
     lattice = np.array([*np.ndindex(4, 4, 4)], float)  # with ties: balls hold their edge
     for reference, generated in (
-            (lattice[::2], lattice[::3]), (x, y),
+            (lattice[::2], lattice[::3]),
             (x + 1000, y + 1000)):  # there, float32 would lose the distances
         reference, generated = np.float32(reference), np.float32(generated)
-        expected = brute_force(np.float64(reference), np.float64(generated))
-        found = fid.precision_recall(torch.tensor(reference), torch.tensor(generated), rows=40)
+        expected = covered(generated, reference), covered(reference, generated)
+        found = fid.precision_recall(torch.tensor(reference),
+                                     torch.tensor(generated), rows=40)
         assert found == expected
 
 
 def test_figures_of_files_are_those_of_the_functions(tmp_path):
     x, y = noise_images(40, 1), noise_images(30, 2)
-    samples, stats, both = (str(tmp_path / name) for name in ("y.npz", "stats.npz", "both.npz"))
+    samples, stats, both = (tmp_path / name for name in ("y.npz", "stats.npz", "both.npz"))
     reference = save_images(tmp_path / "x", x)
     np.savez(samples, y)
-    a, b = (TinyInception()(torch.from_numpy(images)) for images in (x, y))
+    a, b = (TinyInception()(torch.tensor(images)) for images in (x, y))
     side = fid.open_npz(samples)
-    found = fid.measure(TinyInception(), side, 7, "cpu", ())
-    assert set(found) == {"mu", "sigma", "mu_s", "sigma_s"}  # no features, which would grow
-    assert np.allclose(found["sigma"], moments(b.pool)[1], rtol=1e-9)
+    measured = fid.measure(TinyInception(), side, 7, "cpu", ())
+    assert set(measured) == {"mu", "sigma", "mu_s", "sigma_s"}  # no features, which would grow
     expected = [fid.frechet_distance(*moments(a.pool), *moments(b.pool)),
                 fid.frechet_distance(*moments(a.spatial), *moments(b.spatial)),
                 *fid.inception_score(b.probs), *fid.precision_recall(a.pool, b.pool)]
 
-    def check(reference, expected, *texts):
+    def check(reference, expected, text=""):
         figures, said = tiny_fid(reference, samples, "--batch", 7)
-        assert np.allclose([*figures.values()], expected, rtol=1e-6)
-        assert all(text in said for text in texts), said
-        return [*figures]
-    assert check(reference, expected, "has 30 images; figures compare for 50,000",
-                 f"is {samples} the REFERENCE?") == [
-        "fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"]
+        assert np.allclose([*figures.values()], expected,
+                           rtol=1e-6)
+        assert "has 30 images; figures compare for 50,000" in said and text in said, said
+        return " ".join(figures)
+    assert check(reference, expected, f"is {samples} the REFERENCE?") == (
+        "fid sfid inception_score inception_score_std precision recall")
     # Statistics in place of images; statistics beside other images, as in ADM's files
     tiny_fid(reference, "--save-stats", stats)
     check(stats, expected[:4], "no precision and recall")
@@ -1240,46 +1236,43 @@ def test_figures_of_files_are_those_of_the_functions(tmp_path):
         np.savez(stats, mu=file["mu"], sigma=file["sigma"])
     check(both, expected[:4] + [*fid.precision_recall(a.pool[:20], b.pool)])
     check(stats, [expected[0], *expected[2:4]], "no sFID")
-
-
-def test_a_folder_of_classes_has_the_inception_score_of_the_same_images_shuffled(tmp_path):
-    images = np.concatenate([noise_images(1, seed).repeat(20, 0) for seed in range(6)])
-    folder, path = save_images(tmp_path / "all", images), tmp_path / "sorted.npz"
-    np.savez(path, images)
-    with mock.patch.object(fid.inception_score, "__defaults__", (20,)):
-        shuffled, in_order = (tiny_fid(path, side)[0]["inception_score"] for side in (folder, path))
-    assert shuffled > in_order + 1e-3
+    # In the order of classes, the splits of the Inception Score would hold few of them.
+    shuffled, = fid.open_folder(reference).batches(40)
+    assert not np.array_equal(shuffled, x)
+    assert np.array_equal(np.sort(shuffled, 0), np.sort(x, 0))
 
 
 def test_hostile_files_and_mistakes_of_evaluation_are_named(tmp_path):
-    x = noise_images(6)
-    good, path, stats = (str(tmp_path / name) for name in ("good.npz", "x.npz", "stats.npz"))
-    np.savez(good, x)
-    tiny_fid(good, "--save-stats", stats)
-    for text, arrays in (
-            *(("arr_0 must be uint8 (N, H, W, 3)", {"arr_0": wrong})
-              for wrong in (x / 255, x[..., :1], x[0], np.asfortranarray(x))),
-            ("holds 1 images", {"arr_0": x[:1]}), ("needs images arr_0", {"images": x})):
-        np.savez(path, **arrays)
+    x, path = noise_images(6), str(tmp_path / "x.npz")
+    for text, wrong in (
+            ("is float64", x / 255),
+            ("(6, 40, 50, 1)", x[..., :1]),
+            ("(40, 50, 3)", x[0]),
+            ("Fortran order True", np.asfortranarray(x)),
+            ("holds 3 images", x[:3])):
+        np.savez(path, wrong)
         raises(Mistake, text, tiny_fid, path, path)
+    np.savez(path, images=x)
+    raises(Mistake, "needs images arr_0", tiny_fid, path, path)
     np.savez(path, mu=np.zeros(9), sigma=np.eye(9))
-    raises(Mistake, "mu must hold 8 numbers", tiny_fid, path, good)
-    raises(Mistake, "is no folder and no npz", tiny_fid, "nowhere", good)
-    raises(Mistake, "the order is REFERENCE SAMPLES", tiny_fid, good, stats)
-    folder = save_images(tmp_path / "x", x)
-    for text, image in (("odd.png is L", Image.new("L", (10, 12))),
-                        ("8-bit RGB and of one size", Image.new("RGB", (11, 12)))):
-        image.save(join(folder, "odd.png"))
+    raises(Mistake, "mu must hold 8 numbers", tiny_fid, path, path)
+    raises(Mistake, "is no folder and no npz", tiny_fid, "nowhere", path)
+    folder = save_images(tmp_path / "x", x, ".jpg")
+    assert "compression changes figures" in tiny_fid(folder, "--save-stats", path)[1]
+    raises(Mistake, "the order is REFERENCE SAMPLES", tiny_fid,
+           folder, path)
+    for text, kind, mode in (("odd.png is L", "PNG", "L"),
+                             ("8-bit RGB and of one size", "PNG", "RGB"),
+                             ("odd.png cannot be read", "GIF", "RGB")):  # some start programs
+        Image.new(mode, (10, 12)).save(join(folder, "odd.png"), kind)
         raises(Mistake, text, tiny_fid, folder, folder)
-    Path(folder, "odd.png").write_text("%!PS-Adobe EPSF")  # would start Ghostscript
-    raises(Mistake, "odd.png cannot be read", tiny_fid, folder, folder)
-    lossy = save_images(tmp_path / "lossy", x, ".jpg")
-    assert "compression changes figures" in tiny_fid(lossy, good)[1]
 
 
 def main():
     counts = Counter(passed=0, failed=0)
-    for name, test in [item for item in globals().items() if item[0].startswith("test_")]:
+    for name, test in list(globals().items()):
+        if not name.startswith("test_"):
+            continue
         began, outcome = time.time(), "passed"
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -1289,7 +1282,8 @@ def main():
         except Exception:
             outcome = "failed"
             traceback.print_exc()
-        print(f"{time.time() - began:5.1f} s, {outcome}: {name}", flush=True)
+        print(f"{time.time() - began:5.1f} s, {outcome}: {name}",
+              flush=True)
         counts[outcome] += 1
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return counts["failed"] > 0
