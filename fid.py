@@ -70,7 +70,7 @@ def run(main):
 def resize(images, size=299):
     """(B, C, size, size) of images (B, C, H, W) float32 by TensorFlow 1's bilinear rule: pixel i
     comes from i * H / size, without half-pixel offset or antialias."""
-    # With a last row and column twice, pixel `size` comes from H: the rule of aligned corners.
+    # Padded by one, from H + 1 to size + 1 pixels: aligned corners map pixel i to i * H / size.
     images = F.pad(images, (0, 1, 0, 1), mode="replicate")
     shape = size + 1, size + 1
     return F.interpolate(images, shape, mode="bilinear", align_corners=True)[..., :-1, :-1]

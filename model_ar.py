@@ -5,9 +5,9 @@ q_N of the tokenizer; the model is trained on the next one (Eq. 6) and generates
 
     [class, q_1 ... q_{N-1}] -> embeddings (B, N, D) -> layers -> logits (B, N, V) of q_1 ... q_N
 
-Modules carry Llama's own names. Letters: B batch, N tokens an image, n some of them, D width, V
-vocabulary, h heads, d head width; `pos` is the position in the sequence (the class token has pos
-0). "Sec." and "Eq." are the paper's.
+Modules carry the released code's names. Letters: B batch, N tokens an image, n some of them, D
+width, V vocabulary, h heads, d head width; `pos` is the position in the sequence (the class token
+has pos 0). "Sec." and "Eq." are the paper's.
 """
 import math
 from dataclasses import dataclass
@@ -71,15 +71,14 @@ def rotate(x, rope):
     return turned.flatten(-2).type_as(x)
 
 
-class KVCache(nn.Module):
-    """Keys and values that one layer remembers, of the type of a weight and where it is. Buffers
-    stay in place, as CUDA graphs need."""
+class KVCache:
+    """Keys and values that one layer remembers, with the dtype and device of a weight. They stay in
+    place, as CUDA graphs need."""
 
     def __init__(self, config, batch, weight):
-        super().__init__()
         shape = (batch, config.heads, config.num_tokens, config.width // config.heads)
-        self.register_buffer("k", weight.new_zeros(shape))
-        self.register_buffer("v", weight.new_zeros(shape))
+        self.k = weight.new_zeros(shape)
+        self.v = weight.new_zeros(shape)
 
     def update(self, pos, k, v, length):
         """Writes k, v (B, h, n, d) at positions pos (n,); returns those of the first `length`."""
@@ -98,7 +97,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, rope, cache, pos, mask):
-        """Attention of x (B, n, D) to itself and, with a cache, to the past, which it joins."""
+        """Attention of x (B, n, D) to itself, causal; or, with a cache, which it joins at positions
+        pos (n,), to what is there where the mask (n, length) is true."""
         qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))       # (B, n, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, h, n, d) each
         q, k = rotate(q, rope), rotate(k, rope)
@@ -168,8 +168,8 @@ class AR(nn.Module):
 
     def trunk(self, x, pos, cache=None, mask=None):
         """Features (B, n, D), which `output` turns into logits, of embeddings x (B, n, D) at
-        positions pos (n,). Without a cache they begin the sequence; with one they see the first
-        positions that it holds, those where the mask (n, length) is true."""
+        positions pos (n,). Without a cache they begin the sequence. With one they join it, and see
+        those of its first positions where the mask (n, length) is true."""
         rope = rope_1d(pos, self.config.width // self.config.heads, self.config.rope_base)
         for layer, kv in zip(self.layers, cache or [None] * len(self.layers)):
             x = layer(x, rope, kv, pos, mask)
@@ -184,7 +184,7 @@ class AR(nn.Module):
     def new_cache(self, batch):
         """An empty cache for `batch` sequences; guidance needs two a sample."""
         weight = self.output.weight
-        return nn.ModuleList(KVCache(self.config, batch, weight) for _ in self.layers)
+        return [KVCache(self.config, batch, weight) for _ in self.layers]
 
     def generate(self, labels, cfg=None, prefix=None, temperature=1.0, top_k=0, top_p=1.0,
                  uniforms=None):
@@ -248,18 +248,60 @@ def prefill(model, cache, labels, prefix, scale):
 
 
 def decode_one_token(model, cache, tokens, pos, length, scale):
-    """Reads the last tokens (B, n), mostly one, at positions pos (n,) of the first `length` of the
-    cache, which alone changes in place; logits (B, V) of the next one."""
+    """Reads the last token (B, 1), or the last ones (B, n), at positions pos (n,), seeing the first
+    `length` positions of the cache; logits (B, V) of the next one."""
     x = model.tok_embeddings(tokens)                                # (B, n, D)
     if scale is not None:
         x = torch.cat([x, x])                                       # (2B, n, D)
     return next_logits(model, cache, x, pos, length, scale)
 
 
+def next_logits(model, cache, x, pos, length, scale):
+    """Logits (B, V) float32 after embeddings x (B or 2B, n, D) at positions pos (n,), with guidance
+    of a scale (), if any."""
+    mask = torch.arange(length, device=pos.device) <= pos[:, None]  # (n, length)
+    x = model.trunk(x, pos, cache, mask)
+    logits = model.output(x[:, -1]).float()                         # (B or 2B, V)
+    if scale is None:
+        return logits
+    cond, uncond = logits.chunk(2)
+    return uncond + scale * (cond - uncond)                         # (B, V)
+
+
+def filter_logits(logits, top_k, top_p):
+    """Logits (B, V) with all but the top_k largest at -inf, and all but the fewest likeliest ones
+    that sum to more than top_p. top_k = 0 and top_p = 1 keep everything."""
+    if top_k > 0:
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)               # (B, V)
+        shares = ordered.softmax(-1)
+        before = shares.cumsum(-1) - shares                       # share of all before
+        kept = ordered.masked_fill(before > top_p, -torch.inf)
+        logits = logits.scatter(1, order, kept)
+    return logits
+
+
+def draw(logits, uniforms, temperature, top_k, top_p):
+    """One token a row (B,) from logits (B, V): that at which the sum of the probabilities passes
+    the row's uniform random number (B, 1) in [0, 1). temperature 0 takes the most likely."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+    # Integers add up to the same in any order, so that a GPU draws the same each time.
+    sums = (probabilities * 2 ** 30).long().cumsum(-1)              # (B, V)
+    total = sums[:, -1:]
+    passed = (uniforms * total).long().minimum(total - 1)           # (B, 1)
+    return torch.searchsorted(sums, passed, right=True)[:, 0]
+
+
+# ---- On CUDA -------------------------------------------------------------------------------------
+
 class RecordedStep:
-    """`decode_one_token` on CUDA for one model, cache and shape of tokens. The host needs ten times
-    as long to launch a token's thousand kernels as they run, so each length of the cache is
-    recorded once, as a CUDA graph, and then replayed. Its logits last until the next call."""
+    """`decode_one_token` on CUDA for one model, cache and shape of tokens. To launch a token's
+    thousand kernels takes ten times as long as to run them, so each length of the cache is recorded
+    once, as a CUDA graph, and then replayed. Its logits last until the next call."""
 
     def __init__(self):
         self.inputs = None    # tokens, pos and scale, which all graphs read
@@ -298,43 +340,3 @@ def record(call, device):
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = call()
     return graph.replay, outputs
-
-
-def next_logits(model, cache, x, pos, length, scale):
-    """Logits (B, V) float32 after embeddings x (B or 2B, n, D) at positions pos (n,), with guidance
-    of a scale (), if any."""
-    mask = torch.arange(length, device=pos.device) <= pos[:, None]  # (n, length)
-    x = model.trunk(x, pos, cache, mask)
-    logits = model.output(x[:, -1]).float()                         # (B or 2B, V)
-    if scale is None:
-        return logits
-    cond, uncond = logits.chunk(2)
-    return uncond + scale * (cond - uncond)                         # (B, V)
-
-
-def filter_logits(logits, top_k, top_p):
-    """Logits (B, V) with all but the top_k largest at -inf, and all but the likeliest ones of more
-    than probability top_p together. top_k = 0 and top_p = 1 keep everything."""
-    if top_k > 0:
-        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)               # (B, V)
-        shares = ordered.softmax(-1)
-        likelier = shares.cumsum(-1) - shares                       # share of all before
-        kept = ordered.masked_fill(likelier > top_p, -torch.inf)
-        logits = logits.scatter(1, order, kept)
-    return logits
-
-
-def draw(logits, uniforms, temperature, top_k, top_p):
-    """One token a row (B,) from logits (B, V): that at which the sum of the probabilities passes
-    the row's uniform random number (B, 1) in [0, 1). temperature 0 takes the most likely."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-    # Integers add up to the same in any order, so that a GPU draws the same each time.
-    sums = (probabilities * 2 ** 30).long().cumsum(-1)              # (B, V)
-    total = sums[:, -1:]
-    passed = (uniforms * total).long().minimum(total - 1)           # (B, 1)
-    return torch.searchsorted(sums, passed, right=True)[:, 0]

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 @dataclass
 class TokenizerConfig:
-    """Architecture and constants of the method. Weights fit any `image_size`, `commitment`, and
-    `num_tokens` up to `max_tokens`; but a model works as it was trained."""
+    """Architecture and constants of the method. Of another image_size, num_tokens or constant,
+    weights still load, but work less well than those that were trained so."""
     # Images and tokens
     image_size: int = 256        # pixels a side (Sec. 5)
     num_tokens: int = 256        # N, query tokens an image (Sec. 4)
@@ -55,7 +55,7 @@ class TokenizerConfig:
     init_std: float = 0.02       # of linear weights and positions (released code)
     modulation_std: float = 0.0  # of the weights of shift, scale and gate (released code)
     # Method
-    sigma: float = 0.6           # standard deviation the data is scaled by (released code)
+    sigma: float = 0.6           # images are multiplied by it (released code)
     beta: float = 2.0            # time shift, Eq. 5 and 8 (Sec. 4)
     commitment: float = 0.25     # weight of the commitment loss (released code)
     # REPA head, in training only
@@ -117,12 +117,12 @@ def group_of(u, num_groups):
     """The group of tokens, 0 ... K - 1, that conditions a uniform time u in [0, 1), a number or a
     tensor; a whole number as a float. Eq. 5.
 
-    The paper cuts, ceil(uK). We round, as the released code does: each group is trained around the
-    one time at which the K-step sampler uses it. The first gets 1/(2K) of all times, the last
-    3/(2K).
+    The paper takes ceil(uK), from 1. We round, as the released code does: each group is trained
+    around the one time at which the K-step sampler uses it. The first gets 1/(2K) of all times, the
+    last 3/(2K).
     """
     k = (u * num_groups + 0.5) // 1  # floor, of a number or a tensor
-    return k - k // num_groups       # min(k, K - 1), as k is at most K
+    return k - k // num_groups       # K becomes K - 1: only there k // K is 1
 
 
 def interpolate(x1, x0, t):
@@ -197,7 +197,7 @@ def rope_2d(positions, head_dim):
     """
     half = head_dim // 2
     device = positions.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack it
     exponents = torch.arange(0, half, 2, dtype=dtype, device=device) / half
     angles = positions[..., None] * 10000.0 ** -exponents           # (L, 2, d/4)
     angles = angles.flatten(1)                                      # (L, d/2)
@@ -212,9 +212,10 @@ def rotate(x, rope):
 
 
 def attend(q, k, v, num_full):
-    """Attention of q, k, v (B, h, L, d). The first `num_full` positions see one another, each later
-    one sees all up to its own. There is no mask, so flash kernels serve."""
-    q, k = q.type_as(v), k.type_as(v)
+    """Attention of q (B, h, L, d) to k, v (B, h, M, d). The first `num_full` positions see one
+    another or, if these are all, whatever there is; each later one sees all up to its own. There is
+    no mask, so flash kernels serve."""
+    q, k = q.type_as(v), k.type_as(v)  # they were rotated in float32
     if num_full == q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v)
     causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -314,7 +315,7 @@ class Encoder(nn.Module):
         positions = grid_positions(grid, images.device)             # (L, 2)
         positions = F.pad(positions, (0, 0, 0, config.num_tokens))  # (L + N, 2)
         rope = rope_2d(positions, config.head_dim)                  # (2, L + N, d/2)
-        for block in self.blocks:  # patches see all patches; queries are causal
+        for block in self.blocks:  # patches see patches, queries these and earlier queries
             x = block(x, rope, num_full=patches.shape[1])
         return self.to_code(layer_norm(x[:, -config.num_tokens:]))  # (B, N, C)
 
@@ -326,8 +327,8 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Nearest codebook row on the unit sphere (Sec. 4, App. I). Always in float32: in bf16, 6 % of
-    the released tokenizer's tokens come out as others."""
+    """Nearest codebook row on the unit sphere (Sec. 4, App. I). Always in float32: in bf16, some
+    tokens come out as others."""
 
     def __init__(self, config):
         super().__init__()
@@ -458,17 +459,17 @@ class RepaHead(nn.Module):
             nn.Linear(hidden, config.repa_dim))
 
     def forward(self, patches):
-        """patches: (B, D, H/p, W/p) -> features (B, H/2p * W/2p, repa_dim)."""
+        """patches: (B, D, H/p, W/p) -> features (B, L/4, repa_dim)."""
         return self.layers(F.avg_pool2d(patches, 2).flatten(2).transpose(1, 2))
 
 
 # ---- The tokenizer -------------------------------------------------------------------------------
 
 class TrainOutput(NamedTuple):
-    flow_loss: Tensor      # () Eq. 2 over sigma^2
+    flow_loss: Tensor      # () Eq. 2, in units of the images
     vq_loss: Tensor        # () mean over the tokens up to the end of each image's group
     predicted: Tensor      # (B, 3, H, W) estimates of the images, in [-1, 1] up to error
-    repa: Tensor | None    # (B, H/2p * W/2p, repa_dim) predicted DINOv2 features; None without head
+    repa: Tensor | None    # (B, L/4, repa_dim) predicted DINOv2 features; None without head
     tokens: Tensor         # (B, N) int64
     z: Tensor              # (B, N, C) encoder outputs before quantization, without gradient
 
@@ -544,8 +545,9 @@ class Tokenizer(nn.Module):
         return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
     def denoise(self, x, v_before, step, cond, solver):
-        """One step from x (B, 3, H, W): x at its end; its velocity, which the next step takes as
-        v_before (None in the first one); and the preview, times sigma. cond: as in `velocity`."""
+        """One step from x (B, 3, H, W). Returns x at its end, its velocity, which is v_before of
+        the next step (None before the first), and the preview, times sigma. cond: see `velocity`.
+        """
         v = self.velocity(x, step, cond)
         return solver_step(x, v, v_before, step, solver), v, predict_image(x, v, step.t)
 
@@ -560,7 +562,7 @@ class Tokenizer(nn.Module):
         config = self.config
         groups = groups or config.num_groups
         length = groups * config.group_size
-        assert length <= tokens.shape[1] <= config.num_tokens, f"{groups} groups: {length} tokens"
+        assert length <= tokens.shape[1] <= config.num_tokens, f"{groups} groups need {length}"
         if noise is None:
             size = config.image_size
             noise = torch.randn(len(tokens), 3, size, size, device=tokens.device)

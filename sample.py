@@ -1,7 +1,7 @@
 """Draws images from a trained model, in every way that the paper shows.
 
     python sample.py --cfg 1.1:10                         a grid, from out/ar/last.pt
-    python sample.py --ckpt F --labels 207,360 --num 8    classes in turn, by number or name
+    python sample.py --ckpt F --labels 207,360            classes in turn, by number or name
     python sample.py --ckpt F --stream --labels 0,1,2     previews while tokens are drawn (Sec. 3.3)
     python sample.py --ckpt F --tokens 128                from the first 128 tokens only (Table 4)
     python sample.py --ckpt F --prefix IMAGE --keep 32,64 --labels 0,1    layout control (Fig. 8)
@@ -53,7 +53,7 @@ class SampleConfig:
     batch: int = 100               # images at a time
     out: str = "out/samples.png"   # the picture to write
     # Tokens
-    cfg: str = ""                  # START:END, linear over the tokens, or none; else as trained
+    cfg: str = ""                  # START:END, linear, or none; else the checkpoint's
     temperature: float = 1.0       # 0: the most likely token
     top_k: int = 0                 # draw from the k likeliest tokens; 0: all
     top_p: float = 1.0             # draw from the likeliest tokens of this probability
@@ -85,18 +85,19 @@ class Pipeline:
     config: SampleConfig
     ar: AR | None
     tokenizer: Tokenizer
-    labels: list        # of all images, or their files
+    labels: list        # of all images; their files, to be reconstructed
     device: torch.device
 
     def __post_init__(self):
-        config, settings = self.config, self.tokenizer.config
-        self.groups = config.tokens // settings.group_size or settings.num_groups
-        if config.tokens % settings.group_size or config.tokens > settings.num_tokens:
-            raise Mistake(f"--tokens must be a multiple of {settings.group_size}, and at most "
-                          f"{settings.num_tokens}")
+        config, sizes = self.config, self.tokenizer.config
+        self.groups = config.tokens // sizes.group_size or sizes.num_groups
+        if config.tokens % sizes.group_size or config.tokens > sizes.num_tokens:
+            raise Mistake(f"--tokens must be a multiple of {sizes.group_size}, and at most "
+                          f"{sizes.num_tokens}")
         self.batch = len(self.labels)
         if not (config.stream or config.prefix):
             self.batch = min(self.batch, config.batch)
+        # Not around what yields previews: autocast would stay on for whoever takes them
         for part in (self.tokenizer.decoder, self.tokenizer.diffusion):
             part.forward = autocast(self.device)(part.forward)
         on_cuda = self.device.type == "cuda"
@@ -210,6 +211,8 @@ def write_npz(pipeline, paths, make):
         batches = make(pipeline.padded(numbers))
         return np.stack([to_uint8(images[:len(numbers)]) for images in batches])
 
+    parts = shards(folder, len(labels), pipeline.batch, rows)
+
     def save(file, i):
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -217,12 +220,12 @@ def write_npz(pipeline, paths, make):
                 for part in parts:
                     member.write(np.load(part)[i])
 
-    parts = shards(folder, len(labels), pipeline.batch, rows)
-    if rank() > 0 or os.path.exists(config.npz):  # by the same command elsewhere
+    if rank() > 0:
         return
-    for i, path in enumerate(paths):
-        write(path, lambda file: save(file, i))
-        print(path)
+    if not os.path.exists(config.npz):  # else by the same command, at the same time
+        for i, path in enumerate(paths):
+            write(path, lambda file: save(file, i))
+            print(path)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -291,7 +294,7 @@ def labels_of(config, classes):
 
 
 UNUSED = {  # by mode: some flags without effect
-    "stream": ["keep", "steps"], "prefix": ["batch"], "npz": ["keep", "out"],
+    "stream": ["batch", "keep", "steps"], "prefix": ["batch"], "npz": ["keep", "out"],
     "reconstruct": ["keep", "labels", "cfg", "temperature", "top_k", "top_p"],
 }
 
@@ -333,7 +336,7 @@ def main(argv=None):
     labels = labels_of(config, saved["classes"])
     if not config.cfg:
         config.cfg = "{cfg_start}:{cfg_end}".format(**saved["settings"])
-        print0(f"guidance {config.cfg} as trained")
+        print0(f"guidance {config.cfg}, as the checkpoint says")
     sizes = tokenizer.config
     ar = load_ar(config.ckpt, device, sizes.num_tokens)
     if (ar.config.vocab_size, ar.config.num_tokens) != (sizes.codebook_size, sizes.num_tokens):
@@ -547,7 +550,7 @@ def load_checkpoint(path, kind):
     except Exception:  # torch raises many kinds
         raise Mistake(f"{path} is no checkpoint of this code or the authors': damaged, of another "
                       "format, or with objects in it that are not tensors") from None
-    saved = saved.get(kind, saved)  # of kind "ar" may carry a "tokenizer"
+    saved = saved.get(kind, saved)  # the tokenizer that one of kind "ar" carries
     if saved["kind"] != kind:
         raise Mistake(f"{path} is a checkpoint of kind {saved['kind']!r}, {kind!r} is needed; for "
                       "a tokenizer, give --tokenizer FILE")
@@ -619,6 +622,11 @@ def compare_tokens(saved, path, tokenizer):
         print0(f"warning: {path} was trained on the tokens of another tokenizer of the same sizes")
 
 
+def guidance_end(depth):
+    """The paper's guidance at the last token, for models as deep as L, and deeper ones. App. II"""
+    return 8.0 if depth <= 24 else 10.0
+
+
 # ---- The authors' files --------------------------------------------------------------------------
 
 RELEASED_NAMES = (  # a tensor's name in the authors' tokenizer -> ours: these changes, in order
@@ -669,11 +677,6 @@ def translate(saved):
             name = name.replace(theirs, ours)
         model[name] = value.flatten(1) if value.ndim == 4 else value  # of convolutions of patches
     return {"kind": "tokenizer", "config": config, "model": model}
-
-
-def guidance_end(depth):
-    """The paper's guidance at the last token, for models as deep as L, and deeper ones. App. II"""
-    return 8.0 if depth <= 24 else 10.0
 
 
 def translate_ar(weights):

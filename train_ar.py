@@ -32,8 +32,8 @@ class TrainConfig:
     out: str = "out/ar"             # folder of checkpoints, log and pictures
     init_from: str = ""             # checkpoint whose weights a new run starts from
     tokenizer: str = "out/tokenizer/last.pt"  # checkpoint of the tokenizer
-    codes: str = "out/codes"        # folder of tokens by the images' names; where they changed
-                                    # under the same names, remove it
+    codes: str = "out/codes"        # folder of tokens, found by the images' names alone:
+                                    # images that changed under theirs need another one
     save_minutes: float = 10        # between checkpoints; 0: one after each step
     keep_every: int = 0             # steps between checkpoints that stay; 0: only the last one
     # Data
@@ -114,14 +114,14 @@ def read_codes(config, tokenizer, train):
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
-def read_batch(codes, count, seed, places, num_tokens):
-    """Labels (n,) and tokens (n, N) int64 of what stands at some positions, see `item_at`, a random
+def read_batch(codes, count, seed, positions, num_tokens):
+    """Labels (n,) and tokens (n, N) int64 of what stands at the positions, see `item_at`, a random
     view each."""
-    numbers = [item_at(place, count, seed) for place in places]
+    numbers = [item_at(position, count, seed) for position in positions]
     rows = np.stack([codes[i // SHARD][i % SHARD] for i in numbers])  # (n, 1 + views * N)
     rows = torch.from_numpy(rows).long()
     tokens = rows[:, 1:].unflatten(1, (-1, num_tokens))             # (n, views, N)
-    chosen = [seed_of(seed, "view", place) % tokens.shape[1] for place in places]
+    chosen = [seed_of(seed, "view", position) % tokens.shape[1] for position in positions]
     return rows[:, 0], tokens[torch.arange(len(rows)), chosen]
 
 

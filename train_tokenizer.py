@@ -45,7 +45,7 @@ class TrainConfig:
     keep_every: int = 0             # steps between checkpoints that stay; 0: only the last one
     # Data
     data: str = "data/imagenet"     # folder of images, or "shapes": the built-in pictures
-    resize_max: float = 1.25        # crops of shorter sides up to this x image_size (Sec. 5)
+    resize_max: float = 1.25        # crops after the shorter side is up to this x image_size
     flip: bool = True               # mirror half of the images (Sec. 5)
     workers: int = 8                # processes that load images, for each training process
     # Optimizer
@@ -146,7 +146,7 @@ def subfolders(root):
 
 
 class Folder:
-    """Images in one sub-folder a class, at any depth. classes: the names that labels count; None:
+    """Images in one sub-folder a class, at any depth. classes: names in the order of labels; None:
     the sub-folders in sorted order. Raises Mistake."""
     draft_size = 0  # see `read_image`
 
@@ -240,8 +240,8 @@ def item_at(position, count, seed):
     """The item at `position` = 0, 1, ... of endless shuffled epochs of `count` items. It is a
     function of its arguments: a resumed run sees what the uninterrupted one would, on any
     processes."""
-    epoch, place = divmod(position, count)
-    return order_of(count, seed, epoch)[place]
+    epoch, index = divmod(position, count)
+    return order_of(count, seed, epoch)[index]
 
 
 def random_crop(image, size, resize_max, flip, rng):
@@ -422,9 +422,8 @@ def positions(config, step):
     share, rest = divmod(config.batch, world())
     micro_batch = min(config.micro_batch, share)
     if rest or share % micro_batch:
-        raise Mistake(f"the {config.batch} images of --batch do not divide into {world()} "
-                      "process(es) and the share of each, if it is larger, into --micro-batch "
-                      f"{config.micro_batch}")
+        raise Mistake(f"--batch {config.batch} must divide by {world()} process(es), and the share "
+                      f"of each by --micro-batch {config.micro_batch}, where it is larger")
     numbers = step * config.batch + np.arange(config.batch)
     return numbers.reshape(world(), -1, micro_batch)[rank()]
 
@@ -454,8 +453,8 @@ def update_ema(ema, model, decay):
 
 
 def distribute(model, config, device):
-    """What to call in place of the model: with compiled blocks, in step with the other processes.
-    The model itself stays as it is, to be saved and averaged."""
+    """What to call in place of the model, in step with the other processes; its blocks are compiled
+    in place. The model itself is what is saved and averaged."""
     if config.compile and device.type == "cuda":
         torch._dynamo.config.optimize_ddp = False  # it would split what is compiled by blocks
         compile_blocks(model)
@@ -498,7 +497,7 @@ class Record:
         saved = load_checkpoint(path, self.kind)
         # A field that came after the run began had its default then. A setting may change.
         defaults = asdict(type(self.parts["model"].config)())
-        old = {**defaults, **saved, **saved["fixed"], **saved["settings"]}
+        old = {**defaults, **saved["fixed"], **saved["settings"]}
         for name, value in {**self.fixed, **asdict(config)}.items():
             if old.get(name, value) != value:
                 change = f"{name} {value!s:.99} (was {old[name]!s:.99})"
@@ -644,8 +643,8 @@ def main(argv=None):
         # Times of the whole batch, in all processes alike: (processes, accumulation steps, micro)
         u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))
         u = u.view(world(), accumulation_steps, -1)
-        # A pass's VQ loss is a mean over the tokens of its groups. It counts as they do beside
-        # those of a mean pass, so that any split of the batch takes the same step.
+        # The VQ loss is a mean over a pass's tokens. It counts by their number beside that of a
+        # mean pass, so that any split of the batch takes the same step.
         groups_read = group_of(u, architecture.num_groups) + 1
         vq_shares = groups_read.mean(2) / groups_read.mean()
 
