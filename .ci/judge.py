@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -135,10 +136,12 @@ def main():
     knows = group_knows(tokenizer, images[:256], noise[:256], tokens[:256]).tolist()
     probed = probe(judge, tokenizer)
     print("groups   recognised %   CNN distance   PSNR dB   this group knows   linear probe %")
+    shares, distances = [], []
     for k in range(config.num_groups):
         decoded = in_parts(lambda some, eps: tokenizer.decode(some, eps, groups=k + 1), tokens, noise)
-        print(f"{k + 1:6d} {judge.recognised(decoded, labels):14.1f} "
-              f"{judge.distance(decoded, images):14.1f} {psnr(decoded, images):9.2f} "
+        shares.append(judge.recognised(decoded, labels))
+        distances.append(judge.distance(decoded, images))
+        print(f"{k + 1:6d} {shares[k]:14.1f} {distances[k]:14.1f} {psnr(decoded, images):9.2f} "
               f"{knows[k]:18.2f} {probed[k]:16.1f}", flush=True)
     use = 100 * tokens.unique().numel() / config.codebook_size
     print(f"codebook rows used by {len(images):,} held-out images: {use:.1f} %")
@@ -156,7 +159,12 @@ def main():
         of = asked == label
         print(f"  {name:10s} {judge.recognised(samples[of], asked[of]):5.1f} %")
     if args.check:
-        targets = {"real >= 99": real >= 99, "samples >= 95": right >= 95, "codebook >= 90": use >= 90}
+        # From coarse to fine: no group may lose much of what the ones before it had.
+        falls = all(after <= 1.2 * before for before, after in pairwise(distances))
+        targets = {
+            "real >= 99": real >= 99, "first group <= 75": shares[0] <= 75,
+            "last group >= 97": shares[-1] >= 97, "distance falls": falls,
+            "samples >= 95": right >= 95, "codebook >= 90": use >= 90}
         for name, met in targets.items():
             print(f"{'met   ' if met else 'MISSED'}  {name}")
         sys.exit(not all(targets.values()))
