@@ -94,7 +94,7 @@ class InceptionV3(nn.Sequential):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for layer in layers:
                 before, x = x, layer(x)
-                if hasattr(layer, "branch_pool"):  # its channels come last
+                if hasattr(layer, "branch_pool"):  # its own comes last, and is replaced
                     pool = nn.MaxPool2d(3, 1, 1) if layer is self.Mixed_7c else mean
                     pooled = layer.branch_pool(pool(before))
                     x[:, -pooled.shape[1]:] = pooled
@@ -292,7 +292,8 @@ def main(argv=None):
              for path in (args.reference, args.samples) if path]
     reference, samples = sides[0], sides[-1]
     if samples.statistics:
-        raise Mistake(f"{samples.path} holds statistics; the order is REFERENCE SAMPLES")
+        raise Mistake(f"{samples.path} holds statistics, where images are needed; the order is "
+                      "REFERENCE SAMPLES")
     for side in sides:
         if side.statistics:
             continue

@@ -64,7 +64,8 @@ def rope_1d(pos, head_dim, base):
 
 
 def rotate(x, rope):
-    """Turns neighbouring channel pairs of x (B, h, n, d) by rope (2, n, d/2), in float32."""
+    """Turns neighbouring channel pairs of x (B, h, n, d) by rope (2, n, d/2), in float32. Returns
+    the type of x."""
     cos, sin = rope
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)              # (B, h, n, d/2) each
     turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)

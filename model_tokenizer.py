@@ -147,7 +147,7 @@ class Step(NamedTuple):
 def sampling_schedule(steps, num_groups, beta, groups):
     """Steps at u = i / steps (Eq. 8) of the first `groups` groups; the last one jumps to t = 1.
 
-    With steps = num_groups, every group is used exactly once.
+    With steps = num_groups, every group is used exactly once; with fewer, some are never read.
     """
     schedule = []
     for i in range(steps):
@@ -205,7 +205,7 @@ def rope_2d(positions, head_dim):
 
 
 def rotate(x, rope):
-    """Turns neighbouring channel pairs of x (B, h, L, d) by rope (2, L, d/2), in float32."""
+    """Turns neighbouring channel pairs of x (B, h, L, d) by rope (2, L, d/2). Returns float32."""
     cos, sin = rope
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)              # (B, h, L, d/2) each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -410,7 +410,7 @@ class DiffusionBlock(nn.Module):
 
 class DiffusionOutput(NamedTuple):
     velocity: Tensor   # (B, 3, H, W) float32
-    patches: Tensor    # (B, D, H/p, W/p) after `repa_depth` blocks, for the REPA head
+    patches: Tensor    # (B, D, H/p, W/p) after `repa_depth` blocks, for the REPA head, if any
 
 
 class DiffusionDecoder(nn.Module):
@@ -575,7 +575,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def stream(self, token_groups, noise, solver="adams2", groups=None):
-        """Takes the tokens group by group, (B, N/K) each, and yields after each a preview
+        """Takes the tokens group by group, exactly (B, N/K) each, and yields after each a preview
         (B, 3, H, W), the estimate of the image. The last one, after all K groups or the first
         `groups`, is the image that `decode` with steps = K gives. A preview costs no call of the
         diffusion decoder. noise: (B, 3, H, W). solver: as in `decode`. Sec. 3.3.

@@ -282,7 +282,7 @@ def labels_of(config, classes):
             raise Mistake(f"--labels: no class {part!r}; give names such as "
                           f"{', '.join(classes[:10])}, or numbers from 0 to {count - 1} "
                           "where no name is a number")
-        labels.append(known.index(part) % count)
+        labels.append(known.index(part) % count)  # after the names come the numbers
     single = config.stream or config.prefix
     if single and not config.labels:
         labels = labels[:10]
@@ -573,6 +573,14 @@ def build(model_class, config_class, saved, device):
     return model.eval()
 
 
+def load_weights(model, weights, path):
+    """Loads the weights of file `path`. Raises a Mistake where they are of another size."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise Mistake(f"{path} is of another size or kind of model ({error})") from None
+
+
 def load_tokenizer(path, device="cpu"):
     """The tokenizer in a checkpoint of train_tokenizer.py or train_ar.py, or in one of the authors'
     files (D-AR-tokenizer_v1.pt). Raises Mistake, or OSError."""
@@ -603,7 +611,7 @@ def digest(*things):
             for value in thing.state_dict().values():
                 hasher.update(value.cpu().float().numpy())
         else:
-            hasher.update(str(thing).encode())
+            hasher.update(f"{thing!r};".encode())
     return hasher.hexdigest()[:10]
 
 

@@ -851,6 +851,8 @@ def test_new_runs_start_from_the_weights_of_others_classes_by_name(tmp_path):
         found = weights_of(tmp_path / name)[width:]
         assert torch.equal(found, weights_of(trained(name), "ema"))
     assert "2 classes by name; 1 new: a_ant" in said
+    raises(Mistake, "is of another size", train, "ar", tmp_path,
+           "--size", "cifar", "--init-from", join(trained("ar"), "last.pt"))
     # The authors' classes have numbers: by position where the folders are sorted WordNet ids
     path, model = str(tmp_path / "released.pt"), AR(replace(SMALL_AR, num_classes=1000))
     torch.save({**sample.pack("ar", model), "classes": [*map(str, range(1000))]}, path)

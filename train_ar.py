@@ -19,8 +19,8 @@ from torch import nn
 from model_ar import AR, SIZES
 from sample import (Mistake, autocast, compare_tokens, digest, guidance_end, image_grid,
                     join_processes, leave_processes, load_ar, load_checkpoint, load_tokenizer,
-                    pack, parse, print0, rank, run, save_picture, seed_of, seeded, shards, spread,
-                    token_digest)
+                    load_weights, pack, parse, print0, rank, run, save_picture, seed_of, seeded,
+                    shards, spread, token_digest)
 from train_tokenizer import (FixedCrops, Record, distribute, item_at, make_optimizer, open_data,
                              positions, set_lr, update_ema)
 
@@ -136,8 +136,8 @@ def token_loss(model, labels, tokens):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, labels, tokens, config):
-    """Loss and accuracy on held-out tokens (n, N) with labels (n,). Returns these numbers and a
-    picture of samples of up to ten classes, a column a class."""
+    """Loss and accuracy on held-out tokens (n, N) with labels (n,), in float32 throughout. Returns
+    these numbers and a picture of samples of up to ten classes, a column a class."""
     sums = 0.0
     for part in zip(labels.split(64), tokens.split(64)):
         sums += len(part[0]) * torch.stack(token_loss(model, *part))
@@ -170,7 +170,7 @@ def start_from(model, path, classes, tokenizer):
     for row, name in zip(ours, classes):
         row.copy_(known.get(name, row))
     weights["cls_embedding.weight"] = ours
-    model.load_state_dict(weights)
+    load_weights(model, weights, path)
     new = [name for name in classes if name not in known]
     print0(f"from {path}: {len(classes) - len(new)} classes by name; "
            f"{len(new)} new: {' '.join(new[:10])}")
@@ -225,7 +225,7 @@ def main(argv=None):
         labels, tokens = read_batch(codes, len(train), config.seed, numbers,
                                     architecture.num_tokens)
         dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
-        dropped = dropped[numbers % config.batch] < config.class_dropout
+        dropped = dropped[numbers % config.batch] < config.class_dropout  # places in the batch
         labels[dropped] = architecture.num_classes  # the null class
         labels = labels.to(device, non_blocking=True)               # (n,)
         tokens = tokens.to(device, non_blocking=True)               # (n, N)

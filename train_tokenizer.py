@@ -31,8 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from model_tokenizer import TOKENIZERS, Tokenizer, group_of, interpolate, sampling_schedule
 from sample import (Mistake, autocast, center_crop, compile_blocks, digest, draw_noise,
                     find_images, image_grid, join_processes, leave_processes, load_checkpoint,
-                    load_tokenizer, pack, parse, print0, psnr, rank, read_image, resize_shorter,
-                    run, save_picture, seed_of, seeded, spread, to_tensor, wait, world, write)
+                    load_tokenizer, load_weights, pack, parse, print0, psnr, rank, read_image,
+                    resize_shorter, run, save_picture, seed_of, seeded, spread, to_tensor, wait,
+                    world, write)
 
 
 @dataclass
@@ -40,7 +41,7 @@ class TrainConfig:
     """Settings of a run. Defaults are the paper's; their source is in brackets."""
     # Files
     out: str = "out/tokenizer"      # folder of checkpoints, log and pictures
-    init_from: str = ""             # checkpoint whose weights a new run starts from
+    init_from: str = ""             # checkpoint a new run starts from, but for its REPA head
     save_minutes: float = 10        # between checkpoints; 0: one after each step
     keep_every: int = 0             # steps between checkpoints that stay; 0: only the last one
     # Data
@@ -71,7 +72,7 @@ class TrainConfig:
     compile: bool = True            # torch.compile the transformer blocks, on CUDA only
     log_every: int = 100            # steps between log lines
     eval_every: int = 5000          # steps between pictures and held-out PSNR
-    eval_images: int = 64           # held-out images for them
+    eval_images: int = 64           # held-out images for them, while other processes wait
 
 
 PRESETS = {  # name: (settings of the run, architecture)
@@ -396,7 +397,7 @@ def evaluate(model, images, seed):
 class FixedCrops:
     """Fixed crops of images: item i is (views, 3, H, W) and a label. 10: the corners and the centre
     of the centred square of 1.1 x size (281 for 256), and their mirrors. 2: the centre and its
-    mirror. 1: the centre. Without `flip`, there are no mirrors."""
+    mirror. 1: the centre. Without `flip` there are no mirrors: half as many."""
     source: Shapes | Folder
     size: int  # pixels a side
     views: int = 1
@@ -465,7 +466,8 @@ def distribute(model, config, device):
 
 @dataclass
 class Record:
-    """What a run keeps in its folder: the checkpoint, from which it goes on, and the log."""
+    """What a run keeps in its folder: the checkpoint, from which it goes on, and the log. `resume`,
+    called first, begins the sums of losses and the clock."""
     config: object
     kind: str           # "tokenizer" or "ar"
     parts: dict         # modules by name, among them "model" and its average "ema"
@@ -496,7 +498,7 @@ class Record:
         config = self.config
         saved = load_checkpoint(path, self.kind)
         # A field that came after the run began had its default then. A setting may change.
-        defaults = asdict(type(self.parts["model"].config)())
+        defaults = {**asdict(type(config)()), **asdict(type(self.parts["model"].config)())}
         old = {**defaults, **saved["fixed"], **saved["settings"]}
         for name, value in {**self.fixed, **asdict(config)}.items():
             if old.get(name, value) != value:
@@ -622,7 +624,7 @@ def main(argv=None):
     model = Tokenizer(architecture).to(device)
     if config.init_from:
         start = load_tokenizer(config.init_from).state_dict()
-        model.load_state_dict({**model.state_dict(), **start})
+        load_weights(model, {**model.state_dict(), **start}, config.init_from)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     use = CodebookUse(architecture.codebook_size).to(device)
     networks = loss_networks(config).to(device)
