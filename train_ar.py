@@ -165,12 +165,12 @@ def start_from(model, path, classes, tokenizer):
     weights = load_ar(path).state_dict()
     theirs = weights["cls_embedding.weight"]
     ours = model.state_dict()["cls_embedding.weight"]               # (classes + 1, D)
+    weights["cls_embedding.weight"] = ours
+    load_weights(model, weights, path)
     ours[-1] = theirs[-1]  # the null class
     known = dict(zip(names, theirs))
     for row, name in zip(ours, classes):
         row.copy_(known.get(name, row))
-    weights["cls_embedding.weight"] = ours
-    load_weights(model, weights, path)
     new = [name for name in classes if name not in known]
     print0(f"from {path}: {len(classes) - len(new)} classes by name; "
            f"{len(new)} new: {' '.join(new[:10])}")
