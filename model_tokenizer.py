@@ -86,11 +86,9 @@ TOKENIZERS = {
     # blocks leave none after the paper's REPA tap at 8, so the head reads after block 6.
     "light": TokenizerConfig(
         encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_depth=8, repa_depth=6),
-    # For the built-in pictures: 8 groups of 2 tokens. The codebook is so small that the first group
-    # cannot tell the whole picture, and others have something left to tell. In so narrow a model,
-    # weights that start at 0.02 weaken the signal so much that for long the tokens tell nothing:
-    # init_std is about 1 / sqrt(width). They tell something much sooner where modulation starts
-    # above 0.
+    # For the built-in pictures: 8 groups of 2 tokens, of so few rows that the first group cannot
+    # tell all. In so narrow a model, weights of 0.02 weaken the signal and tokens long stay without
+    # meaning: init_std is about 1 / sqrt(width), and modulation starts above 0.
     "toy": TokenizerConfig(
         image_size=16, num_tokens=16, codebook_size=16,
         patch_size=4, encoder_width=96, encoder_depth=2,

@@ -81,8 +81,8 @@ PRESETS = {  # name: (settings of the run, architecture)
     "light": (TrainConfig(steps=50_000, batch=256, micro_batch=64), TOKENIZERS["light"]),
     "toy": (TrainConfig(
         save_minutes=1, data="shapes", resize_max=1.0, flip=False, workers=0,
-        steps=1500, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=900, ema=0.98,
-        vq=0.1, lpips=0.0, repa=0.0, reseed_after=20,
+        steps=1800, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=1080,
+        ema=0.98, vq=0.1, lpips=0.0, repa=0.0, reseed_after=20,
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
         data="data/cifar10", resize_max=1.0, workers=0,
