@@ -77,7 +77,7 @@ def resize(images, size=299):
 
 
 class InceptionV3(nn.Sequential):
-    """The Inception graph of 2015: torchvision's layers, whose names its public conversion has. But
+    """The Inception graph of 2015 in torchvision's layers, whose names the public weights use. But
     average pools leave the padding out, and the last block pools by maximum."""
 
     def __init__(self):
@@ -94,7 +94,7 @@ class InceptionV3(nn.Sequential):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for layer in layers:
                 before, x = x, layer(x)
-                if hasattr(layer, "branch_pool"):  # its own comes last, and is replaced
+                if hasattr(layer, "branch_pool"):  # its output's last channels: pool them anew
                     pool = nn.MaxPool2d(3, 1, 1) if layer is self.Mixed_7c else mean
                     pooled = layer.branch_pool(pool(before))
                     x[:, -pooled.shape[1]:] = pooled
@@ -114,11 +114,11 @@ def load_inception(path=None):
                 WEIGHTS, map_location="cpu", check_hash=True, weights_only=True)
         else:
             weights = torch.load(path, "cpu", weights_only=True)
-    except OSError as error:
+        network = InceptionV3()
+        network.load_state_dict(weights)
+    except Exception as error:  # torch raises many kinds
         raise Mistake(f"no Inception weights ({error}); fetch {WEIGHTS} and give --weights FILE, "
                       f"or put it in {torch.hub.get_dir()}/checkpoints") from None
-    network = InceptionV3()
-    network.load_state_dict(weights)
     return network
 
 

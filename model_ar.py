@@ -26,7 +26,7 @@ class ARConfig:
     heads: int = 16              # h
     rope_base: float = 10000.0   # (released code)
     norm_eps: float = 1e-5       # (released code)
-    dropout: float = 0.1         # on token embeddings and both branches of a block (RandAR)
+    dropout: float = 0.1         # on embeddings and both branches of a block (RandAR)
     # Sequences
     num_tokens: int = 256        # N (Sec. 4)
     vocab_size: int = 16384      # V, the tokenizer's codebook size (Sec. 4)
@@ -98,8 +98,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, rope, cache, pos, mask):
-        """Attention of x (B, n, D) to itself, causal; or, with a cache, which it joins at positions
-        pos (n,), to what is there where the mask (n, length) is true."""
+        """Causal attention of x (B, n, D) to itself. With a cache: its keys and values are written
+        there at pos (n,), and it attends to positions where the mask (n, length) is true."""
         qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))       # (B, n, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, h, n, d) each
         q, k = rotate(q, rope), rotate(k, rope)

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 @dataclass
 class TokenizerConfig:
-    """Architecture and constants of the method. Of another image_size, num_tokens or constant,
-    weights still load, but work less well than those that were trained so."""
+    """Architecture and constants of the method. Weights load under another image_size, num_tokens
+    or constant, but work less well than those trained so."""
     # Images and tokens
     image_size: int = 256        # pixels a side (Sec. 5)
     num_tokens: int = 256        # N, query tokens an image (Sec. 4)
@@ -167,8 +167,8 @@ def solver_step(x, v, v_before, step, solver):
     """x at step.t_next from x and velocity v at step.t, all (B, 3, H, W). Sec. 5, Table 6.
 
     solver: "euler", or "adams2": two-step Adams-Bashforth, whose first step is Euler, with the
-    coefficients of equal steps although the steps are not equal (released code). A solver must not
-    ask for the velocity at t = 1: it is data less noise, and there x shows no noise any more.
+    coefficients of equal steps although the steps are not equal (released code). No solver
+    may ask for the velocity at t = 1: it is data less noise, and x there holds no noise to tell.
     """
     assert solver in SOLVERS, f"solver must be one of {SOLVERS}"
     if solver == "adams2" and v_before is not None:

@@ -222,7 +222,7 @@ def write_npz(pipeline, paths, make):
 
     if rank() > 0:
         return
-    if not os.path.exists(config.npz):  # else by the same command, at the same time
+    if not os.path.exists(config.npz):  # the same command may have run beside
         for i, path in enumerate(paths):
             write(path, lambda file: save(file, i))
             print(path)

@@ -744,7 +744,8 @@ def test_another_run_is_refused_by_what_differs_and_other_settings_are_printed(t
 def test_fields_that_came_after_a_run_had_their_defaults_and_unknown_ones_are_named(tmp_path):
     path = tmp_path / "last.pt"
     saved = torch.load(join(trained("tokenizer"), "last.pt"), weights_only=True)
-    del saved["fixed"]["commitment"], saved["config"]["commitment"], saved["settings"]["clip"]
+    del saved["fixed"]["commitment"], saved["config"]["commitment"]
+    del saved["settings"]["eval_images"]  # which may change, whatever it was
     torch.save(saved, path)
     assert "step 8 of 8" in train("tokenizer", tmp_path)
     raises(Mistake, "commitment 0.5 (was 0.25)", train, "tokenizer", tmp_path, "--commitment", 0.5)

@@ -43,7 +43,7 @@ class TrainConfig:
     workers: int = 8                # processes that load images while tokens are written
     # Model
     size: str = "L"                 # see model_ar.py (Sec. 4)
-    dropout: float = 0.1            # on tokens, residual and feed-forward branches (RandAR)
+    dropout: float = 0.1            # on embeddings, attention and feed-forward (RandAR)
     class_dropout: float = 0.1      # share of labels replaced by the null class (RandAR)
     # Optimizer
     steps: int = 375_000            # 300 epochs of ImageNet (Sec. 5)
@@ -52,7 +52,7 @@ class TrainConfig:
     lr: float = 4e-4                # (Sec. 5)
     lr_final: float = 1e-5          # learning rate at the end of `decay_steps` (Sec. 5)
     warmup_steps: int = 0           # linear rise of the learning rate
-    decay_steps: int = 62_500       # linear fall over the last 50 epochs (Sec. 5)
+    decay_steps: int = 62_500       # linear fall over the last 50 epochs (Sec. 5), or over all
     beta1: float = 0.9              # AdamW (RandAR)
     beta2: float = 0.95             # AdamW (RandAR)
     weight_decay: float = 0.05      # AdamW, matrices only (Sec. 5)

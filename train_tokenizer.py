@@ -147,8 +147,8 @@ def subfolders(root):
 
 
 class Folder:
-    """Images in one sub-folder a class, at any depth. classes: names in the order of labels; None:
-    the sub-folders in sorted order. Raises Mistake."""
+    """Images in one sub-folder a class, at any depth. classes: sorted names, which labels count;
+    None: those of the sub-folders. Raises Mistake."""
     draft_size = 0  # see `read_image`
 
     def __init__(self, root, classes=None):
@@ -342,9 +342,9 @@ class CodebookUse(nn.Module):
 
     @torch.no_grad()
     def reseed(self, z, generator, after, codebooks):
-        """Sets rows that have gone unused for `after` steps, and again after as many, to random
-        rows of z (B, N, C), in all `codebooks` (V, C), on all processes alike: to those of the
-        first one, so that another number of processes draws others."""
+        """Sets rows unused for `after`, 2 `after`, ... steps to random rows of z (B, N, C) of the
+        first process, in all `codebooks` (V, C), on all processes alike. Another number of
+        processes thus draws others."""
         z = F.normalize(z.flatten(0, 1).float(), dim=-1)
         fresh = z[torch.randint(len(z), self.idle.shape, generator=generator, device=z.device)]
         if dist.is_initialized():
@@ -440,7 +440,7 @@ def make_optimizer(model, config):
 def set_lr(optimizer, step, config):
     """The learning rate of step 1, 2, ...: linear warm-up, constant, linear fall."""
     rate = config.lr * min(1.0, step / max(config.warmup_steps, 1))
-    left = (config.steps - step + 1) / max(config.decay_steps, 1)
+    left = (config.steps - step + 1) / max(min(config.decay_steps, config.steps), 1)
     if left < 1:
         rate = config.lr_final + (rate - config.lr_final) * left
     for group in optimizer.param_groups:
@@ -503,7 +503,7 @@ class Record:
         for name, value in {**self.fixed, **asdict(config)}.items():
             if old.get(name, value) != value:
                 change = f"{name} {value!s:.99} (was {old[name]!s:.99})"
-                if name not in saved["settings"]:
+                if not hasattr(config, name):
                     raise Mistake(f"{path} is of another run: {change}; give another --out")
                 print0(f"going on with another setting: {change}")
         if saved["step"] > config.steps:
@@ -645,8 +645,8 @@ def main(argv=None):
         # Times of the whole batch, in all processes alike: (processes, accumulation steps, micro)
         u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))
         u = u.view(world(), accumulation_steps, -1)
-        # The VQ loss is a mean over a pass's tokens. It counts by their number beside that of a
-        # mean pass, so that any split of the batch takes the same step.
+        # The VQ loss is a mean over a pass's tokens. Weighted by their number over the mean number,
+        # any split of the batch takes the same step.
         groups_read = group_of(u, architecture.num_groups) + 1
         vq_shares = groups_read.mean(2) / groups_read.mean()
 
