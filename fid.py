@@ -174,7 +174,7 @@ def find_images(root, quiet=False):
     if not found:
         raise Mistake(f"no folder {root} with images in it; endings must be {' '.join(ENDINGS)}")
     others = sorted(name for name in set(names) - set(found)
-                    if not os.path.isdir(os.path.join(root, name)))
+                    if not os.path.isdir(f"{root}/{name}"))
     if others and not quiet:
         print(f"{root}: left out {len(others)} files of other kinds, first {others[0]}", flush=True)
     return sorted(found)
@@ -200,7 +200,7 @@ def open_folder(path):
 
     def read(name):
         try:
-            image = Image.open(os.path.join(path, name), formats=FORMATS)
+            image = Image.open(f"{path}/{name}", formats=FORMATS)
             pixels = np.array(image)
         except Exception as error:  # Pillow raises many kinds
             raise Mistake(f"{path}/{name} cannot be read as an image ({error})") from None

@@ -327,7 +327,7 @@ def main(argv=None):
     if config.reconstruct:
         names = find_images(config.reconstruct, quiet=rank() > 0)
         chosen = spread(config.num_images or len(names), len(names))
-        files = [os.path.join(config.reconstruct, names[i]) for i in chosen]
+        files = [f"{config.reconstruct}/{names[i]}" for i in chosen]
         reconstruct(Pipeline(config, None, tokenizer, files, device))
         return leave_processes()
 
@@ -433,7 +433,7 @@ def shards(folder, count, size, make):
     work in a folder that all nodes see, and what is there is not made again: a run that was killed
     goes on. The folder's name should hold a `digest` of all that `make` depends on."""
     starts = range(0, count, size)
-    paths = [os.path.join(folder, f"{start:08d}.npy") for start in starts]
+    paths = [f"{folder}/{start:08d}.npy" for start in starts]
     for i in range(rank(), len(paths), world()):
         if not os.path.exists(paths[i]):
             began = time.time()
