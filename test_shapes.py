@@ -1217,7 +1217,8 @@ def test_figures_of_files_are_those_of_the_functions(tmp_path):
     np.savez(samples, y)
     a, b = (TinyInception()(torch.tensor(images)) for images in (x, y))
     side = fid.open_npz(samples)
-    measured = fid.measure(TinyInception(), side, 7, "cpu", ())
+    with contextlib.redirect_stdout(None):
+        measured = fid.measure(TinyInception(), side, 7, "cpu", ())
     assert set(measured) == {"mu", "sigma", "mu_s", "sigma_s"}  # no features, which would grow
     expected = [fid.frechet_distance(*moments(a.pool), *moments(b.pool)),
                 fid.frechet_distance(*moments(a.spatial), *moments(b.spatial)),
