@@ -361,6 +361,8 @@ def test_a_recorded_step_gives_the_tokens_of_the_plain_one_and_records_each_leng
                     assert torch.equal(found, model.generate(*given, uniforms))
         assert record.call_count == len(step.recorded) == 3  # 16, 32 and 40 positions
     raises(AssertionError, "groups of 7", next, model.stream(torch.tensor([0]), group_size=7))
+    # The cache is made where the weights are: the host has no memory for this one.
+    assert model.to("meta", torch.bfloat16).new_cache(10 ** 12)[0].k.dtype == torch.bfloat16
 
 
 def test_on_a_gpu_no_tensor_is_left_on_the_cpu():
