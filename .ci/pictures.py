@@ -17,9 +17,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from sample import (center_crop, load_ar, load_checkpoint, load_tokenizer, parse_cfg,  # noqa: E402
-                    read_image, seeded, to_tensor, to_uint8)
-from train_tokenizer import open_data  # noqa: E402
+from sample import (Pipeline, SampleConfig, draw_noise, load_ar, load_checkpoint,  # noqa: E402
+                    load_tokenizer, to_uint8)
+from train_tokenizer import FixedCrops, open_data  # noqa: E402
+
+CPU = torch.device("cpu")
 
 
 def annotated(rows, header, names, zoom):
@@ -51,7 +53,7 @@ def main():
     parser.add_argument("--cfg", default="none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefix")
-    parser.add_argument("--keep", default="")
+    parser.add_argument("--keep", default="1")
     parser.add_argument("--data")
     parser.add_argument("--count", type=int, default=5)
     parser.add_argument("--zoom", type=int, default=3)
@@ -60,39 +62,34 @@ def main():
     config = tokenizer.config
     counted = [f"{k * config.group_size} tokens" for k in range(1, config.num_groups + 1)]
 
-    def noises(count):
-        size = config.image_size
-        return torch.stack([torch.randn(3, size, size, generator=seeded(args.seed, "start", i))
-                            for i in range(count)])
-
     if args.kind == "photographs":
         _, held_out = open_data(args.data, config.image_size)
+        crops = FixedCrops(held_out, config.image_size)
         chosen = np.linspace(0, len(held_out) - 1, args.count).astype(int)
-        photos = [held_out[i] for i in chosen]
-        images = torch.stack([to_tensor(center_crop(image, config.image_size)) for image, _ in photos])
-        groups = tokenizer.encode(images).split(config.group_size, 1)
-        rows = torch.stack([images, *tokenizer.stream(groups, noises(len(images)))], 1)
-        names = [held_out.classes[label] for _, label in photos]
+        photos, labels = zip(*[crops[i] for i in chosen])
+        photos = torch.cat(photos)
+        noise = draw_noise((args.seed, "start"), range(args.count), config.image_size, CPU)
+        groups = tokenizer.encode(photos).split(config.group_size, 1)
+        rows = torch.stack([photos, *tokenizer.stream(groups, noise)], 1)
+        names = [held_out.classes[label] for label in labels]
         annotated(rows, ["original", *counted], names, args.zoom).save(args.out)
         return
 
-    ar, classes = load_ar(args.checkpoint), load_checkpoint(args.checkpoint, "ar")["classes"]
+    classes = load_checkpoint(args.checkpoint, "ar")["classes"]
     names = args.labels.split(",") if args.labels else classes[:10]
-    labels = torch.tensor([classes.index(name) for name in names])
-    uniforms = torch.stack([torch.rand(config.num_tokens, generator=seeded(args.seed, "tokens", i))
-                            for i in range(len(names))])
+    labels = [classes.index(name) for name in names]
+    settings = SampleConfig(seed=args.seed, cfg=args.cfg, stream=True)  # all in one batch
+    pipeline = Pipeline(settings, load_ar(args.checkpoint), tokenizer, labels, CPU)
+    numbers = range(len(labels))
     if args.kind == "previews":
-        groups = ar.stream(labels, parse_cfg(args.cfg), uniforms=uniforms, group_size=config.group_size)
-        rows = torch.stack(list(tokenizer.stream(groups, noises(len(names)))), 1)
+        rows = torch.stack(list(pipeline.previews(numbers)), 1)
         annotated(rows, counted, names, args.zoom).save(args.out)
         return
 
-    photo = to_tensor(center_crop(read_image(args.prefix), config.image_size))[None]
-    tokens, rows = tokenizer.encode(photo).expand(len(names), -1), []
+    photo = pipeline.read([args.prefix])                            # (1, 3, H, W)
+    tokens = tokenizer.encode(photo).expand(len(labels), -1)
     kept = [int(text) for text in args.keep.split(",")]
-    for count in kept:
-        drawn = ar.generate(labels, parse_cfg(args.cfg), tokens[:, :count], uniforms=uniforms)
-        rows.append(torch.cat([photo, tokenizer.decode(drawn, noises(len(names)))]))
+    rows = [torch.cat([photo, pipeline.images(numbers, tokens[:, :count])]) for count in kept]
     texts = [f"first {count} kept" for count in kept]
     annotated(torch.stack(rows), ["reference", *names], texts, args.zoom).save(args.out)
 
