@@ -278,7 +278,7 @@ def filter_logits(logits, top_k, top_p):
     if top_p < 1:
         ordered, order = logits.sort(descending=True)               # (B, V)
         shares = ordered.softmax(-1)
-        before = shares.cumsum(-1) - shares                       # share of all before
+        before = shares.cumsum(-1) - shares                         # share of all before
         kept = ordered.masked_fill(before > top_p, -torch.inf)
         logits = logits.scatter(1, order, kept)
     return logits

@@ -341,7 +341,8 @@ def main(argv=None):
     ar = load_ar(config.ckpt, device, sizes.num_tokens)
     if (ar.config.vocab_size, ar.config.num_tokens) != (sizes.codebook_size, sizes.num_tokens):
         raise Mistake(f"{config.ckpt} predicts the tokens of another tokenizer")
-    compare_tokens(saved, config.ckpt, tokenizer)
+    if config.tokenizer:  # else it is the one that the checkpoint carries
+        compare_tokens(saved, config.ckpt, tokenizer)
 
     # Images
     pipeline = Pipeline(config, ar, tokenizer, labels, device)
