@@ -302,8 +302,6 @@ def main(argv=None):
         if side.count != 50_000:
             print(f"warning: {side.path} has {side.count:,} images; figures compare for 50,000 "
                   "only, and mean little below 2,048")
-    if samples.count < reference.count and not reference.statistics:
-        print(f"warning: fewer samples than reference images: is {samples.path} the REFERENCE?")
 
     # Network, activations, statistics
     device = "cuda" if torch.cuda.is_available() else "cpu"
