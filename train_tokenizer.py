@@ -153,20 +153,17 @@ class Folder:
 
     def __init__(self, root, classes=None):
         self.root = root
-        # In one form: systems write accents in two ways
-        folders = {normalize("NFC", name) for name in subfolders(root)}
-        self.classes = classes or sorted(folders)
-        if not folders:
-            raise Mistake(f"{root} must hold one sub-folder of images a class")
-        if unknown := folders - set(self.classes):
-            raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
         images = find_images(root, quiet=rank() > 0)
         names = [name for name in images if os.sep in name]
+        if not names:
+            raise Mistake(f"{root} must hold one sub-folder of images a class")
         if len(names) < len(images):
             print0(f"{root}: left out {len(images) - len(names)} images in no class's folder")
+        # In one form: systems write accents in two ways
         labels = [normalize("NFC", name.split(os.sep)[0]) for name in names]
-        if empty := folders - set(labels):
-            raise Mistake(f"no images in {root}, {sorted(empty)}, where each sub-folder is a class")
+        self.classes = classes or sorted(set(labels))
+        if unknown := set(labels) - set(self.classes):
+            raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
         # Two blocks of memory, which the processes that load images share
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.searchsorted(self.classes, labels)
