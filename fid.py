@@ -72,8 +72,8 @@ def resize(images, size=299):
     comes from i * H / size, without half-pixel offset or antialias."""
     # Padded by one, from H + 1 to size + 1 pixels: aligned corners map pixel i to i * H / size.
     images = F.pad(images, (0, 1, 0, 1), mode="replicate")
-    shape = size + 1, size + 1
-    return F.interpolate(images, shape, mode="bilinear", align_corners=True)[..., :-1, :-1]
+    images = F.interpolate(images, size + 1, mode="bilinear", align_corners=True)
+    return images[..., :-1, :-1]
 
 
 class InceptionV3(nn.Sequential):

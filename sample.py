@@ -118,8 +118,8 @@ class Pipeline:
     def read(self, paths):
         """Images of files, centre-cropped."""
         size = self.tokenizer.config.image_size
-        crops = [center_crop(read_image(path), size) for path in paths]
-        return torch.stack([to_tensor(crop) for crop in crops]).to(self.device)
+        crops = [to_tensor(center_crop(read_image(path), size)) for path in paths]
+        return torch.stack(crops).to(self.device)
 
     def noise(self, numbers):
         """The starting points (B, 3, H, W) of images."""
@@ -246,10 +246,10 @@ def reconstruct(pipeline):
     if rank() > 0:
         return
     shown = np.stack([next(open_npz(path).batches(20)) for path in paths], 1)
-    shown = from_uint8(shown).flatten(0, 1)                         # (2 n, 3, H, W)
+    shown = to_tensor(shown).flatten(0, 1)                         # (2 n, 3, H, W)
     save_picture(pipeline.config.out, image_grid(shown, min(10, len(shown))))
     pairs = zip(*[open_npz(path).batches(1) for path in paths])
-    decibels = [psnr(from_uint8(decoded), from_uint8(image)) for image, decoded in pairs]
+    decibels = [psnr(to_tensor(decoded), to_tensor(image)) for image, decoded in pairs]
     print(f"PSNR {np.mean(decibels):.2f} dB over {len(decibels):,} images")
 
 
@@ -481,19 +481,14 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def to_tensor(image):
-    """(3, H, W) float32 in [-1, 1] of a Pillow image of any mode."""
-    return from_uint8(to_rgb(image))
-
-
 def to_uint8(images):
     """(B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1], rounded as DiT's samples are."""
     pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def from_uint8(pixels):
-    """(..., 3, H, W) float32 in [-1, 1] of pixels (..., H, W, 3) uint8."""
+def to_tensor(pixels):
+    """(..., 3, H, W) float32 in [-1, 1] of pixels (..., H, W, 3) uint8, or of an RGB image."""
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3) / 127.5 - 1
 
 
