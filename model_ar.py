@@ -43,8 +43,8 @@ SIZES = {  # with 16384 tokens and 1000 classes (Sec. 4)
     "XXL": ARConfig(depth=48, width=1536, heads=24),  # 1,410,972,672
     # For the toy tokenizer's 16 tokens of the built-in pictures
     "toy": ARConfig(depth=4, width=128, heads=4, num_tokens=16, vocab_size=16, num_classes=10),
-    # For the cifar tokenizer's 64 tokens of photographs of 32 pixels
-    "cifar": ARConfig(depth=6, width=192, heads=6, num_tokens=64, vocab_size=1024, num_classes=10),
+    # For the cifar tokenizer's 128 tokens of photographs of 32 pixels, 31M parameters
+    "cifar": ARConfig(depth=8, width=512, heads=8, num_tokens=128, vocab_size=4096, num_classes=10),
 }
 
 

@@ -76,9 +76,9 @@ PRESETS = {
         steps=700, batch=64, lr=2e-3, lr_final=1e-4, warmup_steps=50, decay_steps=450, ema=0.98,
         dropout=0.0, cfg_end=3.0, eval_every=300),),
     "cifar": (TrainConfig(
-        data="data/cifar10", size="cifar", views=2, workers=0,
-        steps=4000, batch=64, lr=1e-3, lr_final=1e-5, warmup_steps=100,
-        decay_steps=2000, ema=0.998, cfg_start=3.5, cfg_end=3.5, eval_every=1000),),
+        data="data/cifar10", size="cifar", views=2,
+        steps=1400, micro_batch=1024, lr=1e-3, warmup_steps=100,
+        decay_steps=700, ema=0.998, cfg_start=3.5, cfg_end=3.5, eval_every=700),),
 }
 
 
