@@ -85,11 +85,11 @@ PRESETS = {  # name: (settings of the run, architecture)
         ema=0.98, vq=0.1, lpips=0.0, repa=0.0, reseed_after=20,
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
-        data="data/cifar10", resize_max=1.0, workers=0,
-        steps=8400, batch=64, micro_batch=64, lr=1.5e-3, lr_final=1e-4, warmup_steps=100,
-        decay_steps=2400, ema=0.998,
+        data="data/cifar10", resize_max=1.0,
+        steps=1800, micro_batch=1024, lr=1e-3, lr_final=1e-4, warmup_steps=100,
+        decay_steps=600, ema=0.998,
         vq=0.1, lpips=0.0, repa=0.0, reseed_after=50,
-        eval_every=1000, eval_images=192), TOKENIZERS["cifar"]),
+        eval_every=600, eval_images=192), TOKENIZERS["cifar"]),
 }
 
 
@@ -107,8 +107,8 @@ SHAPES = {
 @dataclass
 class Shapes:
     """Pictures drawn by code. Picture i is a function of i alone and shows the shape of class
-    i mod 10 in one of six colours before a grey ground. The shades vary, and a little the place and
-    size, so that late tokens, too, have something to tell."""
+    i mod 10 in one of six bright colours before a dark ground of any colours. Shades, place and size
+    vary a little, so that late tokens, too, have something to tell."""
     first: int
     count: int
     size: int  # pixels a side
@@ -126,9 +126,8 @@ class Shapes:
         label = number % len(self.classes)
 
         side = 4 * self.size  # drawn 4 times larger, then averaged
-        ground = rng.integers(80, size=(2, 2), dtype=np.uint8)  # greys, one a corner
+        ground = rng.integers(128, size=(2, 2, 3), dtype=np.uint8)  # a dark colour a corner
         picture = Image.fromarray(ground).resize((side, side), Image.BILINEAR)
-        picture = picture.convert("RGB")
         rows = SHAPES[self.classes[label]].split()
         mask = Image.fromarray(np.array([list(row) for row in rows]) == "#")
         size = int(side * rng.uniform(0.8, 0.95))
