@@ -98,7 +98,7 @@ class InceptionV3(nn.Sequential):
                     pool = nn.MaxPool2d(3, 1, 1) if layer is self.Mixed_7c else mean
                     pooled = layer.branch_pool(pool(before))
                     x[:, -pooled.shape[1]:] = pooled
-                if layer is self.Mixed_6d:  # those of its first branch, 1 x 1, come first
+                if layer is self.Mixed_6d:  # the channels of its 1 x 1 branch come first
                     spatial = x[:, :7].permute(0, 2, 3, 1)          # (B, 17, 17, 7)
         pool = x.mean((2, 3))                                       # (B, 2048)
         probs = F.linear(pool, fc.weight).softmax(1)  # like ADM's, without the bias
@@ -253,7 +253,8 @@ def open_npz(path):
 
 def measure(network, side, batch, device, keep):
     """By name, the statistics of all images of a side (mu, sigma, mu_s, sigma_s), from sums in
-    float64, and those of its features that `keep` names. Only these need memory an image."""
+    float64, and those of its features that `keep` names. Only these need memory for each image.
+    """
     kept = {name: [] for name in keep}
     sums = defaultdict(float)
     products = defaultdict(float)

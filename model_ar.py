@@ -5,9 +5,9 @@ q_N of the tokenizer; the model is trained on the next one (Eq. 6) and generates
 
     [class, q_1 ... q_{N-1}] -> embeddings (B, N, D) -> layers -> logits (B, N, V) of q_1 ... q_N
 
-Modules carry the released code's names. Letters: B batch, N tokens an image, n some of them, D
-width, V vocabulary, h heads, d head width; `pos` is the position in the sequence (the class token
-has pos 0). "Sec." and "Eq." are the paper's.
+Modules carry the released code's names. Letters: B batch, N tokens an image, n tokens or positions
+at hand, D width, V vocabulary, h heads, d head width; `pos` is the position in the sequence (the
+class token has pos 0). "Sec." and "Eq." are the paper's.
 """
 import math
 from dataclasses import dataclass
@@ -169,8 +169,9 @@ class AR(nn.Module):
 
     def trunk(self, x, pos, cache=None, mask=None):
         """Features (B, n, D), which `output` turns into logits, of embeddings x (B, n, D) at
-        positions pos (n,). Without a cache they begin the sequence. With one they join it, and see
-        those of its first positions where the mask (n, length) is true."""
+        positions pos (n,). Without a cache, x is the whole sequence, and attention is causal. With
+        one, the keys and values of x are written there, and each row of the mask (n, length) tells
+        which of its first positions a row of x sees."""
         rope = rope_1d(pos, self.config.width // self.config.heads, self.config.rope_base)
         for layer, kv in zip(self.layers, cache or [None] * len(self.layers)):
             x = layer(x, rope, kv, pos, mask)
@@ -201,10 +202,11 @@ class AR(nn.Module):
 
     @torch.no_grad()
     def stream(self, labels, cfg=None, prefix=None, temperature=1.0, top_k=0, top_p=1.0,
-               uniforms=None, group_size=None, cache=None, decode=None):
+               uniforms=None, group_size=None, cache=None, read_token=None):
         """Yields the tokens that `generate` gives, (B, group_size) at a time (default: all), as
-        soon as they are drawn. cache, decode: of `new_cache`, and a `RecordedStep` on CUDA, both
-        for batches of one size and kind of guidance, to use again; None makes them anew."""
+        soon as they are drawn. cache, read_token: what `new_cache` gives and, on CUDA, a
+        `RecordedStep`, to use both again for batches of the same size and kind of guidance; None
+        makes new ones."""
         batch = len(labels)
         count = self.config.num_tokens
         group_size = group_size or count
@@ -217,8 +219,8 @@ class AR(nn.Module):
             uniforms = torch.rand(batch, count, device=labels.device)
         if cache is None:
             cache = self.new_cache(batch if cfg is None else 2 * batch)
-        if decode is None:
-            decode = RecordedStep() if labels.is_cuda else decode_one_token
+        if read_token is None:
+            read_token = RecordedStep() if labels.is_cuda else decode_one_token
         pos = torch.arange(count, device=labels.device)
         scales = [None] * count if cfg is None else torch.linspace(*cfg, count, device=pos.device)
 
@@ -229,7 +231,7 @@ class AR(nn.Module):
                 # What is read of the cache grows by 16 positions at a time, each a graph to record.
                 length = min(find_multiple(i + 1, 16), count)
                 last = tokens[:, i - 1:i]
-                logits = decode(self, cache, last, pos[i:i + 1], length, scales[i])
+                logits = read_token(self, cache, last, pos[i:i + 1], length, scales[i])
             if i >= kept:
                 tokens[:, i] = draw(logits, uniforms[:, i:i + 1], temperature, top_k, top_p)
             if (i + 1) % group_size == 0:
@@ -279,8 +281,7 @@ def filter_logits(logits, top_k, top_p):
         ordered, order = logits.sort(descending=True)               # (B, V)
         shares = ordered.softmax(-1)
         before = shares.cumsum(-1) - shares                         # share of all before
-        kept = ordered.masked_fill(before > top_p, -torch.inf)
-        logits = logits.scatter(1, order, kept)
+        logits = logits.scatter(1, order, ordered.masked_fill(before > top_p, -torch.inf))
     return logits
 
 
@@ -293,8 +294,8 @@ def draw(logits, uniforms, temperature, top_k, top_p):
     # Integers add up to the same in any order, so that a GPU draws the same each time.
     sums = (probabilities * 2 ** 30).long().cumsum(-1)              # (B, V)
     total = sums[:, -1:]
-    passed = (uniforms * total).long().minimum(total - 1)           # (B, 1)
-    return torch.searchsorted(sums, passed, right=True)[:, 0]
+    threshold = (uniforms * total).long().minimum(total - 1)        # (B, 1)
+    return torch.searchsorted(sums, threshold, right=True)[:, 0]
 
 
 # ---- On CUDA -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 @dataclass
 class TokenizerConfig:
     """Architecture and constants of the method. Weights load under another image_size, num_tokens
-    or constant, but work less well than those trained so."""
+    or value under "Method", but work less well than weights trained with it."""
     # Images and tokens
     image_size: int = 256        # pixels a side (Sec. 5)
     num_tokens: int = 256        # N, query tokens an image (Sec. 4)
@@ -86,9 +86,9 @@ TOKENIZERS = {
     # blocks leave none after the paper's REPA tap at 8, so the head reads after block 6.
     "light": TokenizerConfig(
         encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_depth=8, repa_depth=6),
-    # For the built-in pictures: 8 groups of 2 tokens, of so few rows that the first group cannot
-    # tell all. In so narrow a model, weights of 0.02 weaken the signal and tokens long stay without
-    # meaning: init_std is about 1 / sqrt(width), and modulation starts above 0.
+    # For the built-in pictures: 8 groups of 2 tokens, of so small a codebook that the first group
+    # cannot tell all. In so narrow a model, weights of 0.02 weaken the signal, and tokens long stay
+    # without meaning: init_std is about 1 / sqrt(width), and modulation starts above 0.
     "toy": TokenizerConfig(
         image_size=16, num_tokens=16, codebook_size=16,
         patch_size=4, encoder_width=96, encoder_depth=2,
@@ -108,14 +108,14 @@ TOKENIZERS = {
 # ---- The rules: time, groups, interpolation ------------------------------------------------------
 
 def shift_time(u, beta):
-    """Flow time t of a uniform time u in [0, 1], a number or a tensor. Eq. 8. beta > 1: more of
-    them near t = 0."""
+    """Flow time t of a uniform time u in [0, 1], a number or a tensor. Eq. 8. beta > 1 puts more
+    times near t = 0."""
     return u / (u + beta * (1 - u))
 
 
 def group_of(u, num_groups):
-    """The group of tokens, 0 ... K - 1, that conditions a uniform time u in [0, 1), a number or a
-    tensor; a whole number as a float. Eq. 5.
+    """The group of tokens, 0 ... K - 1, that conditions a uniform time u in [0, 1], a number or a
+    tensor. Returns a float or a tensor of floats. Eq. 5.
 
     The paper takes ceil(uK), from 1. We round, as the released code does: each group is trained
     around the one time at which the K-step sampler uses it. The first gets 1/(2K) of all times, the
@@ -145,7 +145,7 @@ class Step(NamedTuple):
 
 
 def sampling_schedule(steps, num_groups, beta, groups):
-    """Steps at u = i / steps (Eq. 8) of the first `groups` groups; the last one jumps to t = 1.
+    """Steps at u = i / steps (Eq. 8) of the first `groups` groups; the last step jumps to t = 1.
 
     With steps = num_groups, every group is used exactly once; with fewer, some are never read.
     """
@@ -212,10 +212,10 @@ def rotate(x, rope):
 
 
 def attend(q, k, v, num_full):
-    """Attention of q (B, h, L, d) to k, v (B, h, M, d). The first `num_full` positions see one
-    another or, if these are all, whatever there is; each later one sees all up to its own. There is
-    no mask, so flash kernels serve."""
-    q, k = q.type_as(v), k.type_as(v)  # they were rotated in float32
+    """Attention of q (B, h, L, d) to k, v (B, h, M, d). The first `num_full` queries see one
+    another, each later one all up to its own position; if num_full is L, all see all M keys. There
+    is no mask, so flash kernels serve."""
+    q, k = q.type_as(v), k.type_as(v)  # norms and rotation leave float32
     if num_full == q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v)
     causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -336,7 +336,7 @@ class Quantizer(nn.Module):
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
 
     def forward(self, z):
-        """z: (B, N, C), of any length."""
+        """z: (B, N, C), not normalised."""
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)                      # (B, N, C)
             rows = F.normalize(self.codebook, dim=-1)               # (V, C)
@@ -429,7 +429,8 @@ class DiffusionDecoder(nn.Module):
         self.to_pixels = nn.Linear(width, pixels)
 
     def forward(self, x, t, cond):
-        """x: (B, 3, H, W) images x_t. t: (B,), or (1,) for all. cond: (B, N/K, D), one group."""
+        """x: (B, 3, H, W) images x_t. t: (B,), or (1,) for all. cond: (B, N/K, width of the causal
+        decoder), one group."""
         config = self.config
         x, grid = to_patches(x, config.diffusion_patch)             # (B, L, 3 p p)
         x = self.from_pixels(x).float()                             # (B, L, D)
@@ -489,7 +490,8 @@ class Tokenizer(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """All initialisation (released code), but for the gates of `Block`, which start at 0."""
+        """All initialisation (released code), but for norms, which start at 1, and the gates of
+        `Block`, which start at 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=self.config.init_std)
@@ -504,7 +506,7 @@ class Tokenizer(nn.Module):
         nn.init.zeros_(self.diffusion.to_pixels.weight)
 
     def forward(self, images, u, noise):
-        """The training rule (Sec. 4). images: (B, 3, H, W) in [-1, 1]. u: (B,) uniform in [0, 1).
+        """The training rule (Sec. 4). images: (B, 3, H, W) in [-1, 1]. u: (B,) uniform in [0, 1].
         noise: (B, 3, H, W) standard normal."""
         config = self.config
         t = shift_time(u, config.beta)                              # (B,)
@@ -522,8 +524,8 @@ class Tokenizer(nn.Module):
         flow_loss = (v - (x1 - noise)).pow(2).mean() / config.sigma ** 2     # Eq. 2
 
         # Only tokens up to the end of the chosen group had a say in this image's velocity.
-        groups = torch.arange(config.num_tokens, device=u.device) // config.group_size
-        mask = groups <= group[:, None]                             # (B, N)
+        group_of_token = torch.arange(config.num_tokens, device=u.device) // config.group_size
+        mask = group_of_token <= group[:, None]                     # (B, N)
         vq_loss = (quantized.loss * mask).sum() / mask.sum()
         repa = self.repa_head(patches) if self.repa_head else None
         predicted = predict_image(xt, v, times) / config.sigma
@@ -545,9 +547,8 @@ class Tokenizer(nn.Module):
         return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
     def denoise(self, x, v_before, step, cond, solver):
-        """One step from x (B, 3, H, W). Returns x at its end, its velocity, which is v_before of
-        the next step (None before the first), and the preview, times sigma. cond: see `velocity`.
-        """
+        """One step from x (B, 3, H, W). Returns x at the step's end; the velocity, v_before of the
+        next step (that of the first is None); the preview, times sigma. cond: see `velocity`."""
         v = self.velocity(x, step, cond)
         return solver_step(x, v, v_before, step, solver), v, predict_image(x, v, step.t)
 
@@ -566,7 +567,7 @@ class Tokenizer(nn.Module):
         if noise is None:
             size = config.image_size
             noise = torch.randn(len(tokens), 3, size, size, device=tokens.device)
-        cond = self.condition(tokens[:, :length])                   # (B, n, D)
+        cond = self.condition(tokens[:, :length])                   # (B, length, D)
         x, v = noise, None
         steps = steps or config.num_groups
         for step in sampling_schedule(steps, config.num_groups, config.beta, groups):
@@ -577,8 +578,8 @@ class Tokenizer(nn.Module):
     def stream(self, token_groups, noise, solver="adams2", groups=None):
         """Takes the tokens group by group, exactly (B, N/K) each, and yields after each a preview
         (B, 3, H, W), the estimate of the image. The last one, after all K groups or the first
-        `groups`, is the image that `decode` with steps = K gives. A preview costs no call of the
-        diffusion decoder. noise: (B, 3, H, W). solver: as in `decode`. Sec. 3.3.
+        `groups`, is the image that `decode` with steps = K gives. A preview costs no further call
+        of the diffusion decoder. noise: (B, 3, H, W). solver: as in `decode`. Sec. 3.3.
         """
         config = self.config
         steps = config.num_groups

@@ -10,7 +10,7 @@
 
 F is a checkpoint of train_ar.py, which carries its tokenizer, or one of the authors' files together
 with --tokenizer; to reconstruct, a tokenizer will do. Image i depends on the seed, i and its label
-alone; but another --batch may round products otherwise. --stream and --reconstruct write beside
+alone; but another --batch may round products differently. --stream and --reconstruct write beside
 --out.
 """
 import argparse
@@ -48,7 +48,8 @@ class SampleConfig:
     tokenizer: str = ""            # its tokenizer, else that which the file carries
     # Images
     labels: str = ""               # class numbers or names, a,b,c; else all
-    num_images: int = 0            # else 100; to reconstruct, all; to stream or keep, one a label
+    num_images: int = 0            # else 100; all with --reconstruct; one a label (at most 10,
+                                   # if none are given) with --stream and --prefix
     seed: int = 0
     batch: int = 100               # images at a time
     out: str = "out/samples.png"   # the picture to write
@@ -58,13 +59,13 @@ class SampleConfig:
     top_k: int = 0                 # draw from the k likeliest tokens; 0: all
     top_p: float = 1.0             # draw from the likeliest tokens of this probability
     # Pixels
-    tokens: int = 0                # read only the first tokens, whole groups; else all
+    tokens: int = 0                # read only so many first tokens, whole groups; else all
     steps: int = 0                 # denoising steps; else K, as always with --stream
     solver: str = "adams2"         # or euler (Sec. 5, Table 6)
     # Modes, one at a time; else a grid
     stream: bool = False           # write each preview as it comes
     prefix: str = ""               # image whose first tokens are kept
-    keep: str = ""                 # how many, a row each: a,b,c; else 1/8, 1/4, 1/2 of them
+    keep: str = ""                 # how many of them, a row each: a,b,c; else 1/8, 1/4, 1/2
     reconstruct: str = ""          # folder of images to encode and decode
     npz: str = ""                  # file for the images as uint8 arr_0, which fid.py reads
     # Speed
@@ -76,7 +77,7 @@ class SampleConfig:
 @dataclass
 class Pipeline:
     """Both models and the settings of a run: from numbers of images to images (B, 3, H, W) in
-    [-1, 1]. What image i becomes depends on (seed, i) and its label, labels[i].
+    [-1, 1]. What image i becomes depends on (seed, i) and inputs[i].
 
     On CUDA, the autoregressive model is in bf16, its step for a token is recorded, and what turns
     tokens into images runs under bf16 autocast.
@@ -85,7 +86,7 @@ class Pipeline:
     config: SampleConfig
     ar: AR | None
     tokenizer: Tokenizer
-    labels: list        # of all images; their files, to be reconstructed
+    inputs: list        # one an image: its label or, to be reconstructed, its file
     device: torch.device
 
     def __post_init__(self):
@@ -94,7 +95,7 @@ class Pipeline:
         if config.tokens % sizes.group_size or config.tokens > sizes.num_tokens:
             raise Mistake(f"--tokens must be a multiple of {sizes.group_size}, and at most "
                           f"{sizes.num_tokens}")
-        self.batch = len(self.labels)
+        self.batch = len(self.inputs)
         if not (config.stream or config.prefix):
             self.batch = min(self.batch, config.batch)
         # Not around what yields previews: autocast would stay on for whoever takes them
@@ -107,7 +108,7 @@ class Pipeline:
             self.cfg = parse_cfg(config.cfg)  # guidance at the first and at the last token
             self.cache = self.ar.new_cache(self.batch if self.cfg is None else 2 * self.batch)
             self.recorded = RecordedStep() if on_cuda else None
-        if on_cuda and config.compile and len(self.labels) >= 1000:
+        if on_cuda and config.compile and len(self.inputs) >= 1000:
             for model in filter(None, (self.ar, self.tokenizer)):
                 compile_blocks(model)
 
@@ -127,12 +128,12 @@ class Pipeline:
         return draw_noise((self.config.seed, "start"), numbers, size, self.device)
 
     def token_groups(self, numbers, prefix=None):
-        """Yields tokens (B, N/K) of a whole batch, group by group, after a prefix (B, n)."""
+        """Yields tokens (B, N/K) of a whole batch, group by group; a prefix (B, n) comes first."""
         config = self.config
         uniforms = torch.stack([
             torch.rand(self.ar.config.num_tokens, generator=seeded(config.seed, "tokens", i))
             for i in numbers])
-        labels = torch.tensor([self.labels[i] for i in numbers], device=self.device)
+        labels = torch.tensor([self.inputs[i] for i in numbers], device=self.device)
         groups = self.ar.stream(
             labels, self.cfg, prefix, config.temperature, config.top_k, config.top_p,
             uniforms.to(self.device), self.tokenizer.config.group_size, self.cache, self.recorded)
@@ -145,7 +146,7 @@ class Pipeline:
             tokens, self.noise(numbers), config.steps, config.solver, self.groups)
 
     def images(self, numbers, prefix=None):
-        """Images of a whole batch of numbers, after a prefix (B, n)."""
+        """Images of a whole batch of numbers, whose first tokens are a prefix (B, n), if any."""
         tokens = torch.cat(list(self.token_groups(numbers, prefix)), 1)  # (B, n)
         return self.decode(numbers, tokens)
 
@@ -159,10 +160,10 @@ class Pipeline:
 
 def draw_grid(pipeline):
     """A picture of samples; few classes have a column each."""
-    count, size = len(pipeline.labels), pipeline.batch
+    count, size = len(pipeline.inputs), pipeline.batch
     numbers = pipeline.padded(range(count))
     images = [pipeline.images(numbers[i:i + size]) for i in range(0, count, size)]
-    classes = len(set(pipeline.labels))
+    classes = len(set(pipeline.inputs))
     columns = min(classes if classes > 1 else count, 10)
     save_picture(pipeline.config.out, image_grid(torch.cat(images)[:count], columns))
 
@@ -191,10 +192,11 @@ def draw_layouts(pipeline):
     tokens = pipeline.tokenizer.encode(photo).expand(pipeline.batch, -1)  # (B, N)
     total = tokens.shape[1]
     kept = config.keep or f"{total // 8},{total // 4},{total // 2}"
-    rows = []
     for text in kept.split(","):
         if not text.isdecimal() or int(text) > total:
             raise Mistake(f"--keep needs whole numbers up to {total}, a,b,c, got {text!r}")
+    rows = []
+    for text in kept.split(","):
         rows += [photo, pipeline.images(range(pipeline.batch), tokens[:, :int(text)])]
     save_picture(config.out, image_grid(torch.cat(rows), 1 + pipeline.batch))
 
@@ -202,27 +204,28 @@ def draw_layouts(pipeline):
 def write_npz(pipeline, paths, make):
     """Writes all images as uint8 arr_0 of npz files, never all at once: make(numbers) gives those
     of a whole batch, (B, 3, H, W) for each path. A run that was killed goes on."""
-    config, labels, size = pipeline.config, pipeline.labels, pipeline.tokenizer.config.image_size
-    name = digest(config, labels, pipeline.device.type, pipeline.ar, pipeline.tokenizer)
+    config, inputs, size = pipeline.config, pipeline.inputs, pipeline.tokenizer.config.image_size
+    name = digest(config, inputs, pipeline.device.type, pipeline.ar, pipeline.tokenizer)
     folder = f"{paths[0]}.{name}"
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(inputs), size, size, 3)}
 
     def rows(numbers):
         batches = make(pipeline.padded(numbers))
-        return np.stack([to_uint8(images[:len(numbers)]) for images in batches])
+        parts = [to_uint8(images[:len(numbers)]) for images in batches]
+        return np.stack(parts)                                      # (paths, n, H, W, 3)
 
-    parts = shards(folder, len(labels), pipeline.batch, rows)
+    parts = shards(folder, len(inputs), pipeline.batch, rows)
 
     def save(file, i):
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for part in parts:
-                    member.write(np.load(part)[i])
+                    member.write(np.load(part)[i])  # of the i-th file, (n, H, W, 3)
 
     if rank() > 0:
         return
-    if not os.path.exists(config.npz):  # the same command may have run beside
+    if not os.path.exists(config.npz):  # else the same command, run beside, has written it
         for i, path in enumerate(paths):
             write(path, lambda file: save(file, i))
             print(path)
@@ -237,7 +240,7 @@ def draw_many(pipeline):
 def reconstruct(pipeline):
     """`--reconstruct`: all originals and reconstructions as npz, pairs as a picture, PSNR."""
     def make(numbers):
-        images = pipeline.read([pipeline.labels[i] for i in numbers])
+        images = pipeline.read([pipeline.inputs[i] for i in numbers])
         return images, pipeline.decode(numbers, pipeline.tokenizer.encode(images))
 
     stem = os.path.splitext(pipeline.config.out)[0]
@@ -246,7 +249,7 @@ def reconstruct(pipeline):
     if rank() > 0:
         return
     shown = np.stack([next(open_npz(path).batches(20)) for path in paths], 1)
-    shown = to_tensor(shown).flatten(0, 1)                         # (2 n, 3, H, W)
+    shown = to_tensor(shown).flatten(0, 1)                          # (2 n, 3, H, W)
     save_picture(pipeline.config.out, image_grid(shown, min(10, len(shown))))
     pairs = zip(*[open_npz(path).batches(1) for path in paths])
     decibels = [psnr(to_tensor(decoded), to_tensor(image)) for image, decoded in pairs]
@@ -367,7 +370,7 @@ SHARES = {"ema", "beta1", "beta2", "dropout", "class_dropout"}  # below 1
 
 def check(config):
     """Raises a Mistake where a number of a dataclass is not finite, negative, a count of 0 without
-    a meaning, or no share where it should be one."""
+    a meaning, or a share that is not below 1."""
     for field in fields(config):
         if field.type in (int, float):
             value = getattr(config, field.name)
@@ -430,9 +433,10 @@ def write(path, save):
 
 
 def shards(folder, count, size, make):
-    """Paths of files that hold make(numbers) of each `size` of `count` numbers. Processes share the
-    work in a folder that all nodes see, and what is there is not made again: a run that was killed
-    goes on. The folder's name should hold a `digest` of all that `make` depends on."""
+    """Paths of files, one for each `size` of `count` numbers, with what make(numbers) gives for
+    them. Processes share the work in a folder that all nodes see, and what is there is not made
+    again: a run that was killed goes on. The folder's name should hold a `digest` of all that
+    `make` depends on."""
     starts = range(0, count, size)
     paths = [f"{folder}/{start:08d}.npy" for start in starts]
     for i in range(rank(), len(paths), world()):
@@ -517,7 +521,7 @@ def center_crop(image, size):
 def image_grid(images, columns):
     """One picture of images (B, 3, H, W) in rows of `columns`, 2 pixels apart on white; images
     narrower than 64 pixels are enlarged by a whole factor that keeps them within 64."""
-    from torchvision.utils import make_grid  # it comes with lpips
+    from torchvision.utils import make_grid  # lpips installs torchvision
     zoom = max(1, 64 // images.shape[-1])
     grid = make_grid(F.interpolate(images, scale_factor=zoom), columns, pad_value=1.0)
     return Image.fromarray(to_uint8(grid[None])[0])
@@ -530,9 +534,9 @@ class ReleasedConfig:
 
 
 def load_checkpoint(path, kind):
-    """The dict in a checkpoint of kind "tokenizer" or "ar", ours or the authors' translated; of a
-    tokenizer also that which one of kind "ar" carries. Nothing is unpickled but tensors, plain data
-    and the authors' two classes of settings. Raises Mistake, or OSError."""
+    """The dict in a checkpoint of kind "tokenizer" or "ar", ours or the authors' translated; for
+    "tokenizer" also the one inside a checkpoint of kind "ar". Nothing is unpickled but tensors,
+    plain data and the authors' two classes of settings. Raises Mistake, or OSError."""
     allowed = [argparse.Namespace, (ReleasedConfig, "config_util.Config")]
     try:
         with torch.serialization.safe_globals(allowed):

@@ -32,13 +32,13 @@ class TrainConfig:
     out: str = "out/ar"             # folder of checkpoints, log and pictures
     init_from: str = ""             # checkpoint whose weights a new run starts from
     tokenizer: str = "out/tokenizer/last.pt"  # checkpoint of the tokenizer
-    codes: str = "out/codes"        # folder of tokens, found by the images' names alone:
-                                    # images that changed under theirs need another one
+    codes: str = "out/codes"        # folder of tokens, for many runs; images replaced under the
+                                    # same names go unnoticed: give another folder
     save_minutes: float = 10        # between checkpoints; 0: one after each step
     keep_every: int = 0             # steps between checkpoints that stay; 0: only the last one
     # Data
     data: str = "data/imagenet"     # folder of images, or "shapes": the built-in pictures
-    views: int = 10                 # crops of each image; 2: centre, mirrored; 1: centre (RandAR)
+    views: int = 10                 # crops of each image (RandAR); 2: centre, mirror; 1: centre
     flip: bool = True               # views are mirrored too (RandAR)
     workers: int = 8                # processes that load images while tokens are written
     # Model
@@ -114,14 +114,14 @@ def read_codes(config, tokenizer, train):
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
-def read_batch(codes, count, seed, positions, num_tokens):
-    """Labels (n,) and tokens (n, N) int64 of what stands at the positions, see `item_at`, a random
-    view each."""
-    numbers = [item_at(position, count, seed) for position in positions]
+def read_batch(codes, count, seed, places, num_tokens):
+    """Labels (n,) and tokens (n, N) int64 of the n images at these positions, see `item_at`; of
+    each a random view."""
+    numbers = [item_at(place, count, seed) for place in places]
     rows = np.stack([codes[i // SHARD][i % SHARD] for i in numbers])  # (n, 1 + views * N)
     rows = torch.from_numpy(rows).long()
     tokens = rows[:, 1:].unflatten(1, (-1, num_tokens))             # (n, views, N)
-    chosen = [seed_of(seed, "view", position) % tokens.shape[1] for position in positions]
+    chosen = [seed_of(seed, "view", place) % tokens.shape[1] for place in places]
     return rows[:, 0], tokens[torch.arange(len(rows)), chosen]
 
 
@@ -137,7 +137,7 @@ def token_loss(model, labels, tokens):
 @torch.no_grad()
 def evaluate(model, tokenizer, labels, tokens, config):
     """Loss and accuracy on held-out tokens (n, N) with labels (n,), in float32 throughout. Returns
-    these numbers and a picture of samples of up to ten classes, a column a class."""
+    these figures and a picture of samples of up to ten classes, a column a class."""
     sums = 0.0
     for part in zip(labels.split(64), tokens.split(64)):
         sums += len(part[0]) * torch.stack(token_loss(model, *part))
@@ -221,11 +221,10 @@ def main(argv=None):
         set_lr(optimizer, step, config)
 
         # Labels and tokens; all processes draw for the whole batch which labels are dropped
-        numbers = positions(config, step - 1).flatten()
-        labels, tokens = read_batch(codes, len(train), config.seed, numbers,
-                                    architecture.num_tokens)
-        dropped = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
-        dropped = dropped[numbers % config.batch] < config.class_dropout  # places in the batch
+        places = positions(config, step - 1).flatten()
+        labels, tokens = read_batch(codes, len(train), config.seed, places, architecture.num_tokens)
+        chances = torch.rand(config.batch, generator=seeded(config.seed, "null class", step))
+        dropped = chances[places % config.batch] < config.class_dropout
         labels[dropped] = architecture.num_classes  # the null class
         labels = labels.to(device, non_blocking=True)               # (n,)
         tokens = tokens.to(device, non_blocking=True)               # (n, N)
@@ -250,8 +249,8 @@ def main(argv=None):
         # Log, evaluate (which may draw random numbers, as each step seeds its own), save
         record.log_means(step)
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
-            numbers, picture = evaluate(ema, tokenizer, val_rows[:, 0], val_rows[:, 1:], config)
-            record.log(step=step, **numbers)
+            figures, picture = evaluate(ema, tokenizer, val_rows[:, 0], val_rows[:, 1:], config)
+            record.log(step=step, **figures)
             save_picture(f"{config.out}/samples_{step:06d}.png", picture)
         record.save(step, classes=train.classes, tokenizer=packed)
     leave_processes()

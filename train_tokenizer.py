@@ -7,7 +7,8 @@
 DIR holds one sub-folder of images a class, or `train` and `val` folders of such. The paper's run
 took about 5 days on 16 A100 GPUs (1,900 GPU-hours), the ablation model 8 hours on 4. Every setting
 below is a flag. The same command goes on where a run was killed, from out/tokenizer/last.pt, with
-the images, times and noise that it would have seen; log.jsonl shows again the steps done again.
+the images, times and noise that it would have seen; log.jsonl then holds repeated steps twice.
+Helpers that are imported from sample.py stand in its second half.
 """
 import copy
 import functools
@@ -15,10 +16,10 @@ import json
 import math
 import os
 import time
+import unicodedata
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class TrainConfig:
     keep_every: int = 0             # steps between checkpoints that stay; 0: only the last one
     # Data
     data: str = "data/imagenet"     # folder of images, or "shapes": the built-in pictures
-    resize_max: float = 1.25        # crops after the shorter side is up to this x image_size
+    resize_max: float = 1.25        # before a crop, the shorter side is 1 to this x image_size
     flip: bool = True               # mirror half of the images (Sec. 5)
     workers: int = 8                # processes that load images, for each training process
     # Optimizer
@@ -66,13 +67,13 @@ class TrainConfig:
     vq: float = 1.0                 # weight of the codebook and commitment losses (Eq. 7)
     lpips: float = 0.5              # weight of LPIPS (Eq. 7); 0: neither computed nor downloaded
     repa: float = 0.5               # weight of REPA (Eq. 7); 0: the same, and repa_depth is 0
-    reseed_after: int = 0           # steps until an unused codebook row is renewed; 0: never (ours)
+    reseed_after: int = 0           # steps until an unused codebook row is renewed (ours); 0: never
     # The run
     seed: int = 0
     compile: bool = True            # torch.compile the transformer blocks, on CUDA only
     log_every: int = 100            # steps between log lines
     eval_every: int = 5000          # steps between pictures and held-out PSNR
-    eval_images: int = 64           # held-out images for them, while other processes wait
+    eval_images: int = 64           # held-out images for these, while other processes wait
 
 
 PRESETS = {  # name: (settings of the run, architecture)
@@ -107,8 +108,8 @@ SHAPES = {
 @dataclass
 class Shapes:
     """Pictures drawn by code. Picture i is a function of i alone and shows the shape of class
-    i mod 10 in one of six bright colours before a dark ground of any colours. Shades, place and size
-    vary a little, so that late tokens, too, have something to tell."""
+    i mod 10 in one of six bright colours before a dark ground of any colours. Shades, place and
+    size vary a little, so that late tokens, too, have something to tell."""
     first: int
     count: int
     size: int  # pixels a side
@@ -146,8 +147,8 @@ def subfolders(root):
 
 
 class Folder:
-    """Images in one sub-folder a class, at any depth. classes: sorted names, which labels count;
-    None: those of the sub-folders. Raises Mistake."""
+    """Images in one sub-folder a class, at any depth. classes: sorted names; a label is a place
+    among them. None: those of the sub-folders. Raises Mistake."""
     draft_size = 0  # see `read_image`
 
     def __init__(self, root, classes=None):
@@ -159,7 +160,7 @@ class Folder:
         if len(names) < len(images):
             print0(f"{root}: left out {len(images) - len(names)} images in no class's folder")
         # In one form: systems write accents in two ways
-        labels = [normalize("NFC", name.split(os.sep)[0]) for name in names]
+        labels = [unicodedata.normalize("NFC", name.split(os.sep)[0]) for name in names]
         self.classes = classes or sorted(set(labels))
         if unknown := set(labels) - set(self.classes):
             raise Mistake(f"{root} has classes that the training images lack: {sorted(unknown)}")
@@ -299,7 +300,7 @@ class RepaLoss(nn.Module):
         mean, std = self.moments
         normal = ((images + 1) / 2 - mean) / std
         small = F.interpolate(normal, side, mode="bicubic")
-        features = self.net.forward_features(small)["x_norm_patchtokens"]
+        features = self.net.forward_features(small)["x_norm_patchtokens"]    # (B, L/4, 768)
         cosines = F.cosine_similarity(output.repa, features, dim=-1)  # float32 under autocast, too
         return 1 - cosines.mean()
 
@@ -374,17 +375,17 @@ def group_knows(model, images, noise, tokens):
 
 @torch.no_grad()
 def evaluate(model, images, seed):
-    """Reconstructs held-out images (B, 3, H, W). Returns numbers (PSNR in dB of the previews after
+    """Reconstructs held-out images (B, 3, H, W). Returns figures (PSNR in dB of the previews after
     each group; what each group knows) and a picture (8 rows: original, then the previews)."""
     noise = torch.randn(images.shape, generator=seeded(seed, "evaluation")).to(images.device)
     tokens = model.encode(images)                                   # (B, N)
     with autocast(images.device):
         previews = list(model.stream(tokens.split(model.config.group_size, 1), noise))
-        numbers = {"psnr_by_group": [psnr(preview, images) for preview in previews]}
+        figures = {"psnr_by_group": [psnr(preview, images) for preview in previews]}
         if len(images) > 1:
-            numbers["group_knows"] = group_knows(model, images, noise, tokens).tolist()
+            figures["group_knows"] = group_knows(model, images, noise, tokens).tolist()
     rows = torch.stack([images, *previews], 1)[:8]                  # (8, 1 + K, 3, H, W)
-    return numbers, image_grid(rows.flatten(0, 1), rows.shape[1])
+    return figures, image_grid(rows.flatten(0, 1), rows.shape[1])
 
 
 # ---- What both trainers do -----------------------------------------------------------------------
@@ -393,7 +394,7 @@ def evaluate(model, images, seed):
 class FixedCrops:
     """Fixed crops of images: item i is (views, 3, H, W) and a label. 10: the corners and the centre
     of the centred square of 1.1 x size (281 for 256), and their mirrors. 2: the centre and its
-    mirror. 1: the centre. Without `flip` there are no mirrors: half as many."""
+    mirror. 1: the centre. Without `flip` there are no mirrors, but 5, 1 or 1 crops."""
     source: Shapes | Folder
     size: int  # pixels a side
     views: int = 1
@@ -414,8 +415,8 @@ class FixedCrops:
 
 
 def positions(config, step):
-    """Positions of this process's images in a step, counted from 0, see `item_at`: a row for each
-    backward pass, (accumulation steps, micro-batch). Raises Mistake."""
+    """Positions (see `item_at`) of this process's images in step 0, 1, ...: a row for each backward
+    pass, (accumulation steps, micro-batch). Raises Mistake."""
     share, rest = divmod(config.batch, world())
     micro_batch = min(config.micro_batch, share)
     if rest or share % micro_batch:
@@ -515,9 +516,9 @@ class Record:
         """In the first process, writes last.pt when it is due: by the clock, at the end, and every
         `keep_every` steps, when another file stays. Raises a Mistake where a loss is not finite.
 
-        A checkpoint holds, of the model: kind, config, model, ema; of an autoregressive one, also
-        classes and tokenizer, a checkpoint of kind, config, model; of the run: step, optimizer,
-        use (of the codebook), fixed, settings."""
+        Keys of a checkpoint: kind, config, model, ema; step, optimizer, fixed, settings. Of a
+        tokenizer also use (of the codebook); of an autoregressive model also classes and tokenizer
+        (a dict of kind, config, model)."""
         config = self.config
         keep = config.keep_every and step % config.keep_every == 0
         due = time.time() >= self.saved_at + 60 * config.save_minutes
@@ -582,11 +583,10 @@ def check_finite(numbers):
 # ---- The run -------------------------------------------------------------------------------------
 
 def draw_times(batch, generator):
-    """Times u (batch,) in [0, 1), one in each of as many equal parts: uniform, with less noise."""
+    """Times u (batch,) in [0, 1], one in each of as many equal parts: uniform, with less noise."""
     device = generator.device
     parts = torch.randperm(batch, generator=generator, device=device)
-    u = (parts + torch.rand(batch, generator=generator, device=device)) / batch
-    return u.clamp(max=1 - 2 ** -24)  # the largest float32 below 1, which sums round up to
+    return (parts + torch.rand(batch, generator=generator, device=device)) / batch
 
 
 def load_crops(crops, config, first_step, device):
@@ -603,7 +603,7 @@ def main(argv=None):
     if config.repa == 0:
         architecture = replace(architecture, repa_depth=0)
     elif not 0 < architecture.repa_depth < architecture.diffusion_depth:
-        raise Mistake("--repa needs a --repa-depth above 0 and below --diffusion-depth, or be 0")
+        raise Mistake("--repa above 0 needs a --repa-depth above 0 and below --diffusion-depth")
     device = join_processes()
     accumulation_steps = len(positions(config, 0))
 
@@ -648,9 +648,9 @@ def main(argv=None):
 
         # Forward and backward, a micro-batch at a time
         tokens = []
-        for i, numbers in enumerate(positions(config, step - 1)):
+        for i, places in enumerate(positions(config, step - 1)):
             images = next(data).to(device, non_blocking=True)       # (micro, 3, H, W)
-            noise = draw_noise((config.seed, "noise"), numbers, size, device)
+            noise = draw_noise((config.seed, "noise"), places, size, device)
             ddp.require_backward_grad_sync = i == accumulation_steps - 1  # only DDP reads it
             with autocast(device):
                 output = ddp(images, u[rank(), i], noise)
@@ -674,11 +674,11 @@ def main(argv=None):
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
         # Log, evaluate (which may draw random numbers, as each step seeds its own), save
-        used = use.idle < min(step, config.log_every)
+        used = use.idle < min(step, config.log_every)  # rows, since about the last log line
         record.log_means(step, codebook=used.float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
-            numbers, picture = evaluate(ema, val_images, config.seed)
-            record.log(step=step, **numbers)
+            figures, picture = evaluate(ema, val_images, config.seed)
+            record.log(step=step, **figures)
             save_picture(f"{config.out}/reconstructions_{step:06d}.png", picture)
         record.save(step)
     leave_processes()
