@@ -292,7 +292,7 @@ def main(argv=None):
     sides = [open_folder(path) if os.path.isdir(path) else open_npz(path)
              for path in (args.reference, args.samples) if path]
     reference, samples = sides[0], sides[-1]
-    if samples.statistics:
+    if not samples.count:
         raise Mistake(f"{samples.path} holds statistics, where images are needed; the order is "
                       "REFERENCE SAMPLES")
     for side in sides:

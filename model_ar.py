@@ -171,7 +171,7 @@ class AR(nn.Module):
         """Features (B, n, D), which `output` turns into logits, of embeddings x (B, n, D) at
         positions pos (n,). Without a cache, x is the whole sequence, and attention is causal. With
         one, the keys and values of x are written there, and each row of the mask (n, length) tells
-        which of its first positions a row of x sees."""
+        which of the cache's first positions a row of x sees."""
         rope = rope_1d(pos, self.config.width // self.config.heads, self.config.rope_base)
         for layer, kv in zip(self.layers, cache or [None] * len(self.layers)):
             x = layer(x, rope, kv, pos, mask)
@@ -228,10 +228,10 @@ class AR(nn.Module):
             if i == kept:
                 logits = prefill(self, cache, labels, tokens[:, :i], scales[i])
             elif i > kept:
-                # What is read of the cache grows by 16 positions at a time, each a graph to record.
+                # Rounded up, as each length that is read of the cache is another CUDA graph
                 length = min(find_multiple(i + 1, 16), count)
                 last = tokens[:, i - 1:i]
-                logits = read_token(self, cache, last, pos[i:i + 1], length, scales[i])
+                logits = read_token(self, cache, last, pos[i:i + 1], scales[i], length)
             if i >= kept:
                 tokens[:, i] = draw(logits, uniforms[:, i:i + 1], temperature, top_k, top_p)
             if (i + 1) % group_size == 0:
@@ -247,21 +247,21 @@ def prefill(model, cache, labels, prefix, scale):
         prefix = torch.cat([prefix, prefix])
     x = model.embed(labels, prefix)                                 # (B or 2B, 1 + n, D)
     pos = torch.arange(x.shape[1], device=x.device)
-    return next_logits(model, cache, x, pos, len(pos), scale)
+    return next_logits(model, cache, x, pos, scale, len(pos))
 
 
-def decode_one_token(model, cache, tokens, pos, length, scale):
-    """Reads the last token (B, 1), or the last ones (B, n), at positions pos (n,), seeing the first
-    `length` positions of the cache; logits (B, V) of the next one."""
+def decode_one_token(model, cache, tokens, pos, scale, length):
+    """Reads tokens (B, n) at positions pos (n,), n = 1 in `stream`, seeing the first `length`
+    positions of the cache; logits (B, V) of the token after them."""
     x = model.tok_embeddings(tokens)                                # (B, n, D)
     if scale is not None:
         x = torch.cat([x, x])                                       # (2B, n, D)
-    return next_logits(model, cache, x, pos, length, scale)
+    return next_logits(model, cache, x, pos, scale, length)
 
 
-def next_logits(model, cache, x, pos, length, scale):
+def next_logits(model, cache, x, pos, scale, length):
     """Logits (B, V) float32 after embeddings x (B or 2B, n, D) at positions pos (n,), with guidance
-    of a scale (), if any."""
+    of a scale (), if any, seeing the first `length` positions of the cache."""
     mask = torch.arange(length, device=pos.device) <= pos[:, None]  # (n, length)
     x = model.trunk(x, pos, cache, mask)
     logits = model.output(x[:, -1]).float()                         # (B or 2B, V)
@@ -309,7 +309,7 @@ class RecordedStep:
         self.inputs = None    # tokens, pos and scale, which all graphs read
         self.recorded = {}    # length: how to replay the graph, and the logits that it writes
 
-    def __call__(self, model, cache, tokens, pos, length, scale):
+    def __call__(self, model, cache, tokens, pos, scale, length):
         given = tokens, pos, scale
         if self.inputs is None:
             self.inputs = [None if value is None else value.clone() for value in given]
@@ -317,9 +317,8 @@ class RecordedStep:
             if value is not None:
                 place.copy_(value)
         if length not in self.recorded:
-            tokens, pos, scale = self.inputs
             self.recorded[length] = record(
-                lambda: decode_one_token(model, cache, tokens, pos, length, scale), pos.device)
+                lambda: decode_one_token(model, cache, *self.inputs, length), pos.device)
         replay, logits = self.recorded[length]
         replay()
         return logits
@@ -329,9 +328,7 @@ def record(call, device):
     """A CUDA graph of call(): a function that runs it again, and the outputs, which it overwrites.
     """
     graph = torch.cuda.CUDAGraph()
-    # A weight that autocast has cast before must not be found in its cache: it will not stay there.
-    enabled = torch.is_autocast_enabled("cuda")
-    with torch.cuda.device(device), torch.autocast("cuda", enabled=enabled, cache_enabled=False):
+    with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -323,12 +323,11 @@ class Encoder(nn.Module):
 class Quantized(NamedTuple):
     tokens: Tensor    # (B, N) int64, row numbers in the codebook
     vectors: Tensor   # (B, N, C) the unit rows; their gradient goes straight through to the encoder
-    loss: Tensor      # (B, N) codebook loss + commitment x commitment loss of each token
+    loss: Tensor      # (B, N) each token's codebook loss, plus `commitment` x its commitment loss
 
 
 class Quantizer(nn.Module):
-    """Nearest codebook row on the unit sphere (Sec. 4, App. I). Always in float32: in bf16, some
-    tokens come out as others."""
+    """Nearest codebook row on the unit sphere (Sec. 4, App. I). Always in float32."""
 
     def __init__(self, config):
         super().__init__()
@@ -533,7 +532,8 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Tokens (B, N) int64 of images (B, 3, H, W) in [-1, 1]. Eq. 1."""
+        """Tokens (B, N) int64 of images (B, 3, H, W) in [-1, 1]. Eq. 1. Not to be called under
+        autocast: in bf16, some tokens come out as others."""
         return self.quantizer(self.encoder(images)).tokens
 
     def condition(self, tokens):
@@ -547,8 +547,9 @@ class Tokenizer(nn.Module):
         return self.diffusion(x, x.new_full((1,), step.t), cond_k).velocity
 
     def denoise(self, x, v_before, step, cond, solver):
-        """One step from x (B, 3, H, W). Returns x at the step's end; the velocity, v_before of the
-        next step (that of the first is None); the preview, times sigma. cond: see `velocity`."""
+        """One step from x (B, 3, H, W). Returns x at the step's end; the velocity, which the next
+        step takes as v_before (the first takes None); the preview, times sigma. cond: see
+        `velocity`."""
         v = self.velocity(x, step, cond)
         return solver_step(x, v, v_before, step, solver), v, predict_image(x, v, step.t)
 
@@ -586,8 +587,8 @@ class Tokenizer(nn.Module):
         schedule = sampling_schedule(steps, steps, config.beta, groups or steps)
         tokens = []
         x, v = noise, None
-        for step, group in zip(schedule, token_groups):
-            tokens.append(group)
+        for step, new in zip(schedule, token_groups):
+            tokens.append(new)                                      # (B, N/K)
             cond = self.condition(torch.cat(tokens, 1))             # (B, n, D)
             x, v, preview = self.denoise(x, v, step, cond, solver)
             # The last step's x *is* the image; under Adams-Bashforth it differs from the preview.

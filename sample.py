@@ -98,7 +98,8 @@ class Pipeline:
         self.batch = len(self.inputs)
         if not (config.stream or config.prefix):
             self.batch = min(self.batch, config.batch)
-        # Not around what yields previews: autocast would stay on for whoever takes them
+        # Only these: encode stays in float32, and around a generator autocast would stay on for
+        # whoever takes its previews.
         for part in (self.tokenizer.decoder, self.tokenizer.diffusion):
             part.forward = autocast(self.device)(part.forward)
         on_cuda = self.device.type == "cuda"
@@ -117,7 +118,7 @@ class Pipeline:
         return list(numbers) + [numbers[-1]] * (-len(numbers) % self.batch)
 
     def read(self, paths):
-        """Images of files, centre-cropped."""
+        """Images (n, 3, H, W) of files, centre-cropped."""
         size = self.tokenizer.config.image_size
         crops = [to_tensor(center_crop(read_image(path), size)) for path in paths]
         return torch.stack(crops).to(self.device)
@@ -178,7 +179,7 @@ def draw_stream(pipeline):
         previews.append(images)
         frames.append(image_grid(images, min(10, pipeline.batch)))
         save_picture(f"{stem}_{len(frames) * group_size:03d}.png", frames[-1])
-    steps = torch.stack(previews, 1).flatten(0, 1)                  # (B K, 3, H, W)
+    steps = torch.stack(previews, 1).flatten(0, 1)                  # (B x previews, 3, H, W)
     save_picture(f"{stem}_steps.png", image_grid(steps, len(previews)))
     save_picture(f"{stem}.gif", frames[0], save_all=True, append_images=frames[1:], duration=400)
     save_picture(pipeline.config.out, frames[-1])
@@ -248,7 +249,7 @@ def reconstruct(pipeline):
     write_npz(pipeline, paths, make)
     if rank() > 0:
         return
-    shown = np.stack([next(open_npz(path).batches(20)) for path in paths], 1)
+    shown = np.stack([next(open_npz(path).batches(20)) for path in paths], 1)  # (n, 2, H, W, 3)
     shown = to_tensor(shown).flatten(0, 1)                          # (2 n, 3, H, W)
     save_picture(pipeline.config.out, image_grid(shown, min(10, len(shown))))
     pairs = zip(*[open_npz(path).batches(1) for path in paths])
@@ -460,8 +461,8 @@ def save_picture(path, image, **options):
 # ---- Pixels --------------------------------------------------------------------------------------
 
 def read_image(path, draft_size=0):
-    """The image in a file in 8-bit RGB. With a draft_size, a large JPEG is decoded at a fraction of
-    at least twice that. EXIF turns are ignored, as is custom on ImageNet. Raises Mistake."""
+    """The image in a file in 8-bit RGB. With a draft_size, a large JPEG is decoded smaller, but to
+    no less than twice that. EXIF turns are ignored, as is custom on ImageNet. Raises Mistake."""
     try:
         image = Image.open(path, formats=FORMATS)
         if draft_size:
@@ -659,9 +660,9 @@ RELEASED_SETTINGS = {  # a setting's name in the authors' tokenizer: our field
 
 
 def translate(saved):
-    """One of the authors' files as a checkpoint of ours. Averaged weights (`ema`) come first."""
+    """One of the authors' files as a checkpoint of ours."""
     weights = saved
-    for key in ("state_dict", "module", "model", "ema"):
+    for key in ("state_dict", "module", "model", "ema"):  # the last one found counts
         weights = saved.get(key, weights)
     weights = {name.replace("_orig_mod.", "").removeprefix("module."): value
                for name, value in weights.items()}

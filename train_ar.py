@@ -52,7 +52,7 @@ class TrainConfig:
     lr: float = 4e-4                # (Sec. 5)
     lr_final: float = 1e-5          # learning rate at the end of `decay_steps` (Sec. 5)
     warmup_steps: int = 0           # linear rise of the learning rate
-    decay_steps: int = 62_500       # linear fall over the last 50 epochs (Sec. 5), or over all
+    decay_steps: int = 62_500       # linear fall over the last 50 epochs (Sec. 5), at most all
     beta1: float = 0.9              # AdamW (RandAR)
     beta2: float = 0.95             # AdamW (RandAR)
     weight_decay: float = 0.05      # AdamW, matrices only (Sec. 5)
@@ -89,8 +89,8 @@ SHARD = 4096  # images a file
 
 @torch.no_grad()
 def encode_all(tokenizer, crops, numbers, workers):
-    """Rows (n, 1 + views * N) of images by number: the label, then the tokens of all crops, made in
-    float32; in the smallest integers that hold them."""
+    """Rows (n, 1 + views * N) of images by number: the label, then the tokens of all crops (as many
+    views as FixedCrops gives), made in float32; in the smallest integers that hold them."""
     device = tokenizer.quantizer.codebook.device
     loader = torch.utils.data.DataLoader(
         crops, 128 // crops.views, sampler=numbers, num_workers=workers)
@@ -164,7 +164,7 @@ def start_from(model, path, classes, tokenizer):
         names = classes  # the authors' files count the sorted classes of ImageNet
     weights = load_ar(path).state_dict()
     theirs = weights["cls_embedding.weight"]
-    ours = model.state_dict()["cls_embedding.weight"]               # (classes + 1, D)
+    ours = model.cls_embedding.weight.data                          # (classes + 1, D), filled below
     weights["cls_embedding.weight"] = ours
     load_weights(model, weights, path)
     ours[-1] = theirs[-1]  # the null class

@@ -8,7 +8,8 @@ DIR holds one sub-folder of images a class, or `train` and `val` folders of such
 took about 5 days on 16 A100 GPUs (1,900 GPU-hours), the ablation model 8 hours on 4. Every setting
 below is a flag. The same command goes on where a run was killed, from out/tokenizer/last.pt, with
 the images, times and noise that it would have seen; log.jsonl then holds repeated steps twice.
-Helpers that are imported from sample.py stand in its second half.
+Helpers that are imported from sample.py stand in its second half, Mistake, run and find_images in
+fid.py.
 """
 import copy
 import functools
@@ -339,9 +340,9 @@ class CodebookUse(nn.Module):
 
     @torch.no_grad()
     def reseed(self, z, generator, after, codebooks):
-        """Sets rows unused for `after`, 2 `after`, ... steps to random rows of z (B, N, C) of the
-        first process, in all `codebooks` (V, C), on all processes alike. Another number of
-        processes thus draws others."""
+        """Sets rows unused for `after`, 2 `after`, ... steps to random rows of z (B, N, C), of the
+        first process's last pass, in all `codebooks` (V, C), on all processes alike. Another split
+        of the batch thus draws others."""
         z = F.normalize(z.flatten(0, 1).float(), dim=-1)
         fresh = z[torch.randint(len(z), self.idle.shape, generator=generator, device=z.device)]
         if dist.is_initialized():
@@ -494,7 +495,7 @@ class Record:
         """Loads a checkpoint and returns its step. Raises a Mistake where it is of another run."""
         config = self.config
         saved = load_checkpoint(path, self.kind)
-        # A field that came after the run began had its default then. A setting may change.
+        # A field that an older file lacks had its default. A setting may change.
         defaults = {**asdict(type(config)()), **asdict(type(self.parts["model"].config)())}
         old = {**defaults, **saved["fixed"], **saved["settings"]}
         for name, value in {**self.fixed, **asdict(config)}.items():
@@ -514,7 +515,8 @@ class Record:
 
     def save(self, step, **carried):
         """In the first process, writes last.pt when it is due: by the clock, at the end, and every
-        `keep_every` steps, when another file stays. Raises a Mistake where a loss is not finite.
+        `keep_every` steps, then also as step_N.pt, which stays. Raises a Mistake where a loss is
+        not finite.
 
         Keys of a checkpoint: kind, config, model, ema; step, optimizer, fixed, settings. Of a
         tokenizer also use (of the codebook); of an autoregressive model also classes and tokenizer
@@ -540,7 +542,7 @@ class Record:
 
     def log_means(self, step, **others):
         """When a line is due, logs means over the steps since the last one and over processes; and,
-        since the run began, images a second and the time left at that rate."""
+        since `resume`, images a second and the time left at that rate."""
         config = self.config
         if step % config.log_every and step < config.steps:
             return
@@ -642,7 +644,7 @@ def main(argv=None):
         u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))
         u = u.view(world(), accumulation_steps, -1)
         # The VQ loss is a mean over a pass's tokens. Weighted by their number over the mean number,
-        # any split of the batch takes the same step.
+        # any split of the batch has the same gradient.
         groups_read = group_of(u, architecture.num_groups) + 1
         vq_shares = groups_read.mean(2) / groups_read.mean()
 
@@ -674,7 +676,8 @@ def main(argv=None):
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
         # Log, evaluate (which may draw random numbers, as each step seeds its own), save
-        used = use.idle < min(step, config.log_every)  # rows, since about the last log line
+        # Rows used in the last log_every steps; idle starts at 0
+        used = use.idle < min(step, config.log_every)
         record.log_means(step, codebook=used.float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
             figures, picture = evaluate(ema, val_images, config.seed)

@@ -67,8 +67,8 @@ def sample(size, batch, cfg, way="recorded"):
     length = min(count // 2 + 16, count)  # about the mean of those in use
     given = (model, model.new_cache(rows),
              torch.zeros(batch, 1, dtype=torch.long, device=DEVICE),
-             torch.tensor([length - 1], device=DEVICE), length,
-             torch.tensor(3.0, device=DEVICE) if guided else None)
+             torch.tensor([length - 1], device=DEVICE),
+             torch.tensor(3.0, device=DEVICE) if guided else None, length)
     step = RecordedStep() if ON_GPU and way != "eager" else decode_one_token
     if way == "compiled":
         compile_blocks(model)
