@@ -88,7 +88,7 @@ PRESETS = {  # name: (settings of the run, architecture)
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
         data="data/cifar10", resize_max=1.0,
-        steps=1800, micro_batch=1024, lr=1e-3, lr_final=1e-4, warmup_steps=100,
+        steps=1800, micro_batch=1024, lr=8e-4, lr_final=1e-4, warmup_steps=100,
         decay_steps=600, ema=0.998,
         vq=0.1, lpips=0.0, repa=0.0, reseed_after=50,
         eval_every=600, eval_images=192), TOKENIZERS["cifar"]),

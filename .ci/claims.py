@@ -74,7 +74,7 @@ def main():
                       *((f"{k} of 8 groups", {"groups": k}) for k in (2, 4, 6))):
         decoded = [decode(tokens, noise, **how) for noise in noises]
         show(name, decoded, labels, psnr(decoded[0], images))
-    for cfg in ("none", "3.5", "1.1:6"):
+    for cfg in ("none", "2", "1:3", "3:1", "3.5", "1.1:6"):  # linear beside constant of its mean
         drawn = [in_parts(lambda some, u: ar.generate(some, parse_cfg(cfg), uniforms=u), asked, random)
                  for random in uniforms]
         show(f"samples, guidance {cfg}", [decode(*pair) for pair in zip(drawn, noises)], asked)
