@@ -94,7 +94,7 @@ class InceptionV3(nn.Sequential):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for layer in layers:
                 before, x = x, layer(x)
-                if hasattr(layer, "branch_pool"):  # its output's last channels: pool them anew
+                if hasattr(layer, "branch_pool"):  # redo its last channels, with the right pool
                     pool = nn.MaxPool2d(3, 1, 1) if layer is self.Mixed_7c else mean
                     pooled = layer.branch_pool(pool(before))
                     x[:, -pooled.shape[1]:] = pooled

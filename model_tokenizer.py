@@ -14,9 +14,9 @@ another *is* running the diffusion.
 Letters: B batch, H and W pixels, p pixels a side of a patch, L patches (or whatever attends), M
 what is attended to, D width of the part at hand, N tokens, n the first of them, K groups, V
 codebook size, C code width, h heads, d head width. Images are RGB in [-1, 1]. Flow time t: t = 0 is
-noise x0, t = 1 is the image x1; u is the time before the shift of Eq. 8. "Sec.", "Eq." and "App."
-are of the paper, arxiv.org/abs/2505.23660; "released code" is the authors' public release. Eq. 6 is
-in model_ar.py, Eq. 7 in train_tokenizer.py.
+noise x0, t = 1 is x1, the image times sigma; u is the time before the shift of Eq. 8. "Sec.", "Eq."
+and "App." are of the paper, arxiv.org/abs/2505.23660; "released code" is the authors' public
+release. Eq. 6 is in model_ar.py, Eq. 7 in train_tokenizer.py.
 """
 import math
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 @dataclass
 class TokenizerConfig:
-    """Architecture and constants of the method. Weights load under another image_size, num_tokens
-    or value under "Method", but work less well than weights trained with it."""
+    """Architecture and constants of the method. Weights also load under another image_size,
+    num_tokens, num_groups or "Method" value than they were trained with, but work less well."""
     # Images and tokens
     image_size: int = 256        # pixels a side (Sec. 5)
     num_tokens: int = 256        # N, query tokens an image (Sec. 4)
@@ -90,12 +90,12 @@ TOKENIZERS = {
     # cannot tell all. In so narrow a model, weights of 0.02 weaken the signal, and tokens long stay
     # without meaning: init_std is about 1 / sqrt(width), and modulation starts above 0.
     "toy": TokenizerConfig(
-        image_size=16, num_tokens=16, codebook_size=16,
+        image_size=16, num_tokens=16, codebook_size=12,
         patch_size=4, encoder_width=96, encoder_depth=2,
         decoder_width=96, decoder_depth=2,
         diffusion_width=96, diffusion_depth=3, diffusion_patch=4, head_dim=16, max_tokens=16,
         init_std=0.1, modulation_std=0.02, beta=4.0, repa_depth=0),
-    # For photographs of 32 pixels, 33M parameters: 8 groups of 16 tokens
+    # For photographs of 32 pixels, 34M parameters: 8 groups of 16 tokens
     "cifar": TokenizerConfig(
         image_size=32, num_tokens=128, codebook_size=4096,
         patch_size=4, encoder_width=384, encoder_depth=4,
@@ -132,7 +132,7 @@ def interpolate(x1, x0, t):
 
 
 def predict_image(x, v, t):
-    """Estimate of x1, the preview: x_t moved along velocity v, both (B, 3, H, W), from flow times
+    """Estimate of x1: x_t moved along velocity v, both (B, 3, H, W), from flow times
     t, a number or (B, 1, 1, 1), to 1."""
     return x + (1 - t) * v
 
@@ -466,7 +466,7 @@ class RepaHead(nn.Module):
 # ---- The tokenizer -------------------------------------------------------------------------------
 
 class TrainOutput(NamedTuple):
-    flow_loss: Tensor      # () Eq. 2, in units of the images
+    flow_loss: Tensor      # () Eq. 2, over sigma^2
     vq_loss: Tensor        # () mean over the tokens up to the end of each image's group
     predicted: Tensor      # (B, 3, H, W) estimates of the images, in [-1, 1] up to error
     repa: Tensor | None    # (B, L/4, repa_dim) predicted DINOv2 features; None without head

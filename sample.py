@@ -226,7 +226,7 @@ def write_npz(pipeline, paths, make):
 
     if rank() > 0:
         return
-    if not os.path.exists(config.npz):  # else the same command, run beside, has written it
+    if not os.path.exists(config.npz):  # else a twin of this command wrote it; reconstruct has none
         for i, path in enumerate(paths):
             write(path, lambda file: save(file, i))
             print(path)
@@ -370,8 +370,8 @@ SHARES = {"ema", "beta1", "beta2", "dropout", "class_dropout"}  # below 1
 
 
 def check(config):
-    """Raises a Mistake where a number of a dataclass is not finite, negative, a count of 0 without
-    a meaning, or a share that is not below 1."""
+    """Raises a Mistake where a number of a dataclass is negative or not finite, a count of 0
+    without a meaning, or a share that is not below 1."""
     for field in fields(config):
         if field.type in (int, float):
             value = getattr(config, field.name)
@@ -513,7 +513,8 @@ def resize_shorter(image, size):
 
 
 def center_crop(image, size):
-    """The centred square of size x size pixels, the shorter side resized to `size`. ADM's crop."""
+    """The centred square of size x size pixels of an image of any mode, whose shorter side is
+    resized to `size` first. ADM's crop."""
     image = resize_shorter(to_rgb(image), size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -83,7 +83,7 @@ PRESETS = {  # name: (settings of the run, architecture)
     "light": (TrainConfig(steps=50_000, batch=256, micro_batch=64), TOKENIZERS["light"]),
     "toy": (TrainConfig(
         save_minutes=1, data="shapes", resize_max=1.0, flip=False, workers=0,
-        steps=1800, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=1080,
+        steps=2200, batch=32, lr=3e-3, lr_final=1e-4, warmup_steps=50, decay_steps=1320,
         ema=0.98, vq=0.1, lpips=0.0, repa=0.0, reseed_after=20,
         eval_every=400, eval_images=200), TOKENIZERS["toy"]),
     "cifar": (TrainConfig(
@@ -341,8 +341,8 @@ class CodebookUse(nn.Module):
     @torch.no_grad()
     def reseed(self, z, generator, after, codebooks):
         """Sets rows unused for `after`, 2 `after`, ... steps to random rows of z (B, N, C), of the
-        first process's last pass, in all `codebooks` (V, C), on all processes alike. Another split
-        of the batch thus draws others."""
+        first process's last pass, in all `codebooks` (V, C), on all processes alike. Which rows
+        depends on how the batch is split."""
         z = F.normalize(z.flatten(0, 1).float(), dim=-1)
         fresh = z[torch.randint(len(z), self.idle.shape, generator=generator, device=z.device)]
         if dist.is_initialized():
@@ -495,13 +495,13 @@ class Record:
         """Loads a checkpoint and returns its step. Raises a Mistake where it is of another run."""
         config = self.config
         saved = load_checkpoint(path, self.kind)
-        # A field that an older file lacks had its default. A setting may change.
+        # A field that an older file lacks had its default.
         defaults = {**asdict(type(config)()), **asdict(type(self.parts["model"].config)())}
         old = {**defaults, **saved["fixed"], **saved["settings"]}
         for name, value in {**self.fixed, **asdict(config)}.items():
             if old.get(name, value) != value:
                 change = f"{name} {value!s:.99} (was {old[name]!s:.99})"
-                if not hasattr(config, name):
+                if not hasattr(config, name):  # only a setting may change
                     raise Mistake(f"{path} is of another run: {change}; give another --out")
                 print0(f"going on with another setting: {change}")
         if saved["step"] > config.steps:
@@ -643,10 +643,10 @@ def main(argv=None):
         # Times of the whole batch, in all processes alike: (processes, accumulation steps, micro)
         u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))
         u = u.view(world(), accumulation_steps, -1)
-        # The VQ loss is a mean over a pass's tokens. Weighted by their number over the mean number,
-        # any split of the batch has the same gradient.
+        # The VQ loss is a mean over the tokens that a pass reads. Weighted by the groups it reads
+        # over their mean, any split of the batch has the same gradient.
         groups_read = group_of(u, architecture.num_groups) + 1
-        vq_shares = groups_read.mean(2) / groups_read.mean()
+        vq_shares = groups_read.mean(2) / groups_read.mean()        # (processes, steps)
 
         # Forward and backward, a micro-batch at a time
         tokens = []
@@ -675,8 +675,8 @@ def main(argv=None):
             use.reseed(output.z, seeded(config.seed, "reseed", step, device=device),
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
-        # Log, evaluate (which may draw random numbers, as each step seeds its own), save
-        # Rows used in the last log_every steps; idle starts at 0
+        # Log, evaluate, save
+        # Rows used in the last log_every steps; a row that never was has idle = step
         used = use.idle < min(step, config.log_every)
         record.log_means(step, codebook=used.float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
