@@ -42,7 +42,7 @@ SIZES = {  # with 16384 tokens and 1000 classes (Sec. 4)
     "XL": ARConfig(depth=36, width=1280, heads=20),   # 774,699,520
     "XXL": ARConfig(depth=48, width=1536, heads=24),  # 1,410,972,672
     # For the toy tokenizer's 16 tokens of the built-in pictures
-    "toy": ARConfig(depth=4, width=128, heads=4, num_tokens=16, vocab_size=12, num_classes=10),
+    "toy": ARConfig(depth=4, width=128, heads=4, num_tokens=16, vocab_size=16, num_classes=10),
     # For the cifar tokenizer's 128 tokens of photographs of 32 pixels, 31M parameters
     "cifar": ARConfig(depth=8, width=512, heads=8, num_tokens=128, vocab_size=4096, num_classes=10),
 }

@@ -90,7 +90,7 @@ TOKENIZERS = {
     # cannot tell all. In so narrow a model, weights of 0.02 weaken the signal, and tokens long stay
     # without meaning: init_std is about 1 / sqrt(width), and modulation starts above 0.
     "toy": TokenizerConfig(
-        image_size=16, num_tokens=16, codebook_size=12,
+        image_size=16, num_tokens=16, codebook_size=16,
         patch_size=4, encoder_width=96, encoder_depth=2,
         decoder_width=96, decoder_depth=2,
         diffusion_width=96, diffusion_depth=3, diffusion_patch=4, head_dim=16, max_tokens=16,

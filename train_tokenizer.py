@@ -675,7 +675,7 @@ def main(argv=None):
             use.reseed(output.z, seeded(config.seed, "reseed", step, device=device),
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
-        # Log, with the rows used in the last log_every steps (never used: idle = step); evaluate, save
+        # Log, with rows used in the last log_every steps (never used: idle = step); evaluate, save
         used = use.idle < min(step, config.log_every)
         record.log_means(step, codebook=used.float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
