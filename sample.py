@@ -576,8 +576,9 @@ def load_weights(model, weights, path):
     """Loads the weights of file `path`. Raises a Mistake where they are of another size."""
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise Mistake(f"{path} is of another size or kind of model ({error})") from None
+    except RuntimeError:  # torch lists all tensors
+        raise Mistake(f"{path} is of another size or kind of model; give flags like those of its "
+                      "run, such as --size") from None
 
 
 def load_tokenizer(path, device="cpu"):
