@@ -13,7 +13,7 @@ is the *same centre-cropped* images, not the uncropped files, not ADM's file.
     pool, spatial -> mean, covariance -> frechet_distance: FID, sFID
     probs -> inception_score          pool -> precision_recall
 
-B is a batch, N and M are numbers of images, D is a number of features. Whoever has ADM's files can
+B is a batch, N and M count images, D counts features. Whoever has ADM's files can
 check this one: VIRTUAL_imagenet256_labeled.npz against admnet_guided_upsampled_imagenet256.npz
 gives FID 3.9426, sFID 6.1404, IS 215.84, precision .8265, recall .5309 in TensorFlow; a good port
 is within .005, .01, .3, .003, .003. Only figures of 50,000 samples compare with published ones.
@@ -169,7 +169,7 @@ def precision_recall(reference, generated, k=3, rows=1000):
 def find_images(root, quiet=False):
     """Sorted paths, relative to a folder, of the images in it at any depth, without hidden ones.
     Prints how much else it leaves out, unless quiet. Raises Mistake."""
-    names = glob.glob("**/*", root_dir=root, recursive=True)  # without hidden ones
+    names = glob.glob("**/*", root_dir=root, recursive=True)
     found = [name for name in names if name.lower().endswith(ENDINGS)]
     if not found:
         raise Mistake(f"no folder {root} with images in it; endings must be {' '.join(ENDINGS)}")

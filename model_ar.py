@@ -291,7 +291,8 @@ def draw(logits, uniforms, temperature, top_k, top_p):
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-    # Integers add up to the same in any order, so that a GPU draws the same each time.
+    # Integers add up to the same in any order, so that a GPU draws the same each time. The product
+    # below may round up to the total.
     sums = (probabilities * 2 ** 30).long().cumsum(-1)              # (B, V)
     total = sums[:, -1:]
     threshold = (uniforms * total).long().minimum(total - 1)        # (B, 1)

@@ -12,7 +12,7 @@ another *is* running the diffusion.
     x_t (B, 3, H, W), t (B,), one group of cond -> DiffusionDecoder -> velocity (B, 3, H, W)
 
 Letters: B batch, H and W pixels, p pixels a side of a patch, L patches (or whatever attends), M
-what is attended to, D width of the part at hand, N tokens, n the first of them, K groups, V
+what is attended to, D width of the part at hand, N tokens, n some first ones, K groups, V
 codebook size, C code width, h heads, d head width. Images are RGB in [-1, 1]. Flow time t: t = 0 is
 noise x0, t = 1 is x1, the image times sigma; u is the time before the shift of Eq. 8. "Sec.", "Eq."
 and "App." are of the paper, arxiv.org/abs/2505.23660; "released code" is the authors' public
@@ -145,9 +145,8 @@ class Step(NamedTuple):
 
 
 def sampling_schedule(steps, num_groups, beta, groups):
-    """Steps at u = i / steps (Eq. 8) of the first `groups` groups; the last step jumps to t = 1.
-
-    With steps = num_groups, every group is used exactly once; with fewer, some are never read.
+    """Those steps at u = i / steps (Eq. 8) that read one of the first `groups` groups; the last
+    one jumps to t = 1. With steps = num_groups each is read once; with fewer steps, some never.
     """
     schedule = []
     for i in range(steps):
@@ -197,7 +196,7 @@ def rope_2d(positions, head_dim):
     """
     half = head_dim // 2
     device = positions.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack it
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # mps lacks float64
     exponents = torch.arange(0, half, 2, dtype=dtype, device=device) / half
     angles = positions[..., None] * 10000.0 ** -exponents           # (L, 2, d/4)
     angles = angles.flatten(1)                                      # (L, d/2)
@@ -409,7 +408,7 @@ class DiffusionBlock(nn.Module):
 
 class DiffusionOutput(NamedTuple):
     velocity: Tensor   # (B, 3, H, W) float32
-    patches: Tensor    # (B, D, H/p, W/p) after `repa_depth` blocks, for the REPA head, if any
+    patches: Tensor    # (B, D, H/p, W/p) after `repa_depth` blocks, which a REPA head alone reads
 
 
 class DiffusionDecoder(nn.Module):

@@ -76,7 +76,7 @@ class SampleConfig:
 
 @dataclass
 class Pipeline:
-    """Both models and the settings of a run: from numbers of images to images (B, 3, H, W) in
+    """Both models and the settings of a run: from the images' numbers i to images (B, 3, H, W) in
     [-1, 1]. What image i becomes depends on (seed, i) and inputs[i].
 
     On CUDA, the autoregressive model is in bf16, its step for a token is recorded, and what turns
@@ -212,8 +212,8 @@ def write_npz(pipeline, paths, make):
 
     def rows(numbers):
         batches = make(pipeline.padded(numbers))
-        parts = [to_uint8(images[:len(numbers)]) for images in batches]
-        return np.stack(parts)                                      # (paths, n, H, W, 3)
+        images = [to_uint8(batch[:len(numbers)]) for batch in batches]
+        return np.stack(images)                                     # (paths, n, H, W, 3)
 
     parts = shards(folder, len(inputs), pipeline.batch, rows)
 
@@ -226,7 +226,7 @@ def write_npz(pipeline, paths, make):
 
     if rank() > 0:
         return
-    if not os.path.exists(config.npz):  # else a twin of this command wrote it; reconstruct has none
+    if not os.path.exists(config.npz):  # else a twin of this command wrote it
         for i, path in enumerate(paths):
             write(path, lambda file: save(file, i))
             print(path)
@@ -370,8 +370,8 @@ SHARES = {"ema", "beta1", "beta2", "dropout", "class_dropout"}  # below 1
 
 
 def check(config):
-    """Raises a Mistake where a number of a dataclass is negative or not finite, a count of 0
-    without a meaning, or a share that is not below 1."""
+    """Raises a Mistake where a number of a dataclass is negative or not finite, a count is 0 where
+    that means nothing, or a share is not below 1."""
     for field in fields(config):
         if field.type in (int, float):
             value = getattr(config, field.name)
@@ -631,7 +631,8 @@ def compare_tokens(saved, path, tokenizer):
 
 
 def guidance_end(depth):
-    """The paper's guidance at the last token, for models as deep as L, and deeper ones. App. II"""
+    """The paper's guidance at the last token, for models up to L's depth and deeper ones. App. II
+    """
     return 8.0 if depth <= 24 else 10.0
 
 

@@ -67,7 +67,7 @@ class TrainConfig:
     # Losses
     vq: float = 1.0                 # weight of the codebook and commitment losses (Eq. 7)
     lpips: float = 0.5              # weight of LPIPS (Eq. 7); 0: neither computed nor downloaded
-    repa: float = 0.5               # weight of REPA (Eq. 7); 0: the same, and repa_depth is 0
+    repa: float = 0.5               # weight of REPA (Eq. 7); 0: neither computed nor downloaded
     reseed_after: int = 0           # steps until an unused codebook row is renewed (ours); 0: never
     # The run
     seed: int = 0
@@ -170,7 +170,7 @@ class Folder:
         self.labels = np.searchsorted(self.classes, labels)
 
     def subset(self, chosen):
-        """The same classes with those of the images that a mask chooses."""
+        """A copy with only the images that a mask chooses; the classes stay."""
         part = copy.copy(self)
         part.names = self.names[chosen]
         part.labels = self.labels[chosen]
@@ -342,7 +342,7 @@ class CodebookUse(nn.Module):
     def reseed(self, z, generator, after, codebooks):
         """Sets rows unused for `after`, 2 `after`, ... steps to random rows of z (B, N, C), of the
         first process's last pass, in all `codebooks` (V, C), on all processes alike. Which rows
-        depends on how the batch is split."""
+        of z these are depends on how the batch is split."""
         z = F.normalize(z.flatten(0, 1).float(), dim=-1)
         fresh = z[torch.randint(len(z), self.idle.shape, generator=generator, device=z.device)]
         if dist.is_initialized():
@@ -643,10 +643,10 @@ def main(argv=None):
         # Times of the whole batch, in all processes alike: (processes, accumulation steps, micro)
         u = draw_times(config.batch, seeded(config.seed, "times", step, device=device))
         u = u.view(world(), accumulation_steps, -1)
-        # The VQ loss is a mean over the tokens that a pass reads. Weighted by the groups it reads
-        # over their mean, any split of the batch has the same gradient.
+        # The VQ loss is a mean over the tokens that a pass reads. A pass counts by how many it
+        # reads, relative to the mean pass: any split of the batch has the same gradient.
         groups_read = group_of(u, architecture.num_groups) + 1
-        vq_shares = groups_read.mean(2) / groups_read.mean()        # (processes, steps)
+        vq_shares = groups_read.mean(2) / groups_read.mean()  # (processes, accumulation steps)
 
         # Forward and backward, a micro-batch at a time
         tokens = []
@@ -675,7 +675,7 @@ def main(argv=None):
             use.reseed(output.z, seeded(config.seed, "reseed", step, device=device),
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
-        # Log, with rows used in the last log_every steps (never used: idle = step); evaluate, save
+        # Log (a codebook row never used has idle = step), evaluate, save
         used = use.idle < min(step, config.log_every)
         record.log_means(step, codebook=used.float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
