@@ -29,6 +29,18 @@ Steps: more are nearer to photographs, up to 16; beyond 8, the share recognised 
 Adams-Bashforth is better than Euler in both numbers. PSNR goes the other way: it rewards blur. Groups:
 each adds, of samples (at 1.1:6) too; from 2 to 4 of 8 it is little. Guidance: linear is no better here
 than constant guidance of the same mean, and worse in what is recognised: early tokens tell the class.
+
+The preset toy, seed 0, 1,000 held-out pictures (`--data shapes --images 1000`; halves 2.9), distance
+twice and recognised twice:
+
+    Adams-Bashforth 6.3 5.7, 98.3 98.6; Euler 4.4 4.0, 98.4 98.4; 4, 12, 16 steps 4.0 3.7, 5.6 5.0,
+    6.5 6.0; 2, 4, 6 of 8 groups 9.7 9.5, 5.2 5.1, 5.0 4.8
+    guidance none 7.0 6.2, 98.3 97.5; 2 5.2 4.8, 99.2 99.3; 1:3 7.4 6.4, 98.6 98.1; 3:1 4.3 4.6,
+    99.2 99.5; 3.5 11.3 12.8, 94.9 94.1; 1.1:6 12.8 12.0, 96.5 95.0
+
+There, Euler and few steps win: such pictures have no texture to lose. Of guidance of mean 2, falling is
+best, then constant, then rising; of mean 3.5, rising is recognised better: it guides less where
+guidance does harm.
 """
 import argparse
 import os
