@@ -132,8 +132,8 @@ def interpolate(x1, x0, t):
 
 
 def predict_image(x, v, t):
-    """Estimate of x1: x_t moved along velocity v, both (B, 3, H, W), from flow times
-    t, a number or (B, 1, 1, 1), to 1."""
+    """Estimate of x1: x_t moved along velocity v, both (B, 3, H, W), from flow times t, a number or
+    (B, 1, 1, 1), to 1."""
     return x + (1 - t) * v
 
 
@@ -504,7 +504,7 @@ class Tokenizer(nn.Module):
         nn.init.zeros_(self.diffusion.to_pixels.weight)
 
     def forward(self, images, u, noise):
-        """The training rule (Sec. 4). images: (B, 3, H, W) in [-1, 1]. u: (B,) uniform in [0, 1].
+        """The training rule (Sec. 4). images: (B, 3, H, W) in [-1, 1]. u: (B,) uniform in [0, 1).
         noise: (B, 3, H, W) standard normal."""
         config = self.config
         t = shift_time(u, config.beta)                              # (B,)

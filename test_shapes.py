@@ -544,6 +544,8 @@ def test_times_are_even_and_averages_follow():
     u = train_tokenizer.draw_times(64, torch.Generator().manual_seed(0))
     assert (u * 64).long().bincount().tolist() == [1] * 64
     assert not torch.equal(u.sort()[0], u)
+    with mock.patch.object(torch, "rand", lambda *_, **__: torch.tensor(1 - 2 ** -24)):
+        assert train_tokenizer.draw_times(64, torch.Generator()).max() < 1
     model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     expected = 0.9 * ema.weight + 0.1 * model.weight
     train_tokenizer.update_ema(ema, model, 0.9)

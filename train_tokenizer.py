@@ -585,10 +585,11 @@ def check_finite(numbers):
 # ---- The run -------------------------------------------------------------------------------------
 
 def draw_times(batch, generator):
-    """Times u (batch,) in [0, 1], one in each of as many equal parts: uniform, with less noise."""
+    """Times u (batch,) in [0, 1), one in each of as many equal parts: uniform, with less noise."""
     device = generator.device
     parts = torch.randperm(batch, generator=generator, device=device)
-    return (parts + torch.rand(batch, generator=generator, device=device)) / batch
+    u = (parts + torch.rand(batch, generator=generator, device=device)) / batch
+    return u.clamp(max=1 - 2 ** -24)  # the largest float32 below 1, as the sum may round to 1
 
 
 def load_crops(crops, config, first_step, device):
