@@ -76,6 +76,7 @@ class TokenizerConfig:
             divisor = getattr(self, part)
             assert divisor > 0, f"{part} must be above 0"
             assert getattr(self, whole) % divisor == 0, f"{whole} must divide by {part}"
+        assert self.beta > 0, "beta must be above 0"
         assert self.head_dim % 4 == 0, "head_dim must divide by 4, as pairs turn in two directions"
         assert self.num_tokens <= self.max_tokens, "num_tokens must be at most max_tokens"
 

@@ -826,8 +826,9 @@ def test_new_runs_start_from_the_weights_of_others_classes_by_name(tmp_path):
         found = weights_of(tmp_path / name)[width:]
         assert torch.equal(found, weights_of(trained(name), "ema"))
     assert "2 classes by name; 1 new: a_ant" in said
-    raises("is of another size", train, "ar", tmp_path,
-           "--size", "cifar", "--init-from", join(trained("ar"), "last.pt"))
+    for name, *more in (("tokenizer", "--encoder-depth", 3), ("ar", "--size", "cifar")):
+        raises("is of another size", train, name, tmp_path / "other", *more,
+               "--init-from", join(trained(name), "last.pt"))
     # The authors' classes have numbers: by position where the folders are sorted WordNet ids
     path, model = str(tmp_path / "released.pt"), AR(replace(SMALL_AR, num_classes=1000))
     torch.save({**sample.pack("ar", model), "classes": [*map(str, range(1000))]}, path)
@@ -1048,6 +1049,7 @@ def test_mistakes_get_one_clear_line(tmp_path):
             (train_tokenizer, "head_dim must divide by 4", "--head-dim 6"),
             (train_tokenizer, "--lr must be at least 0 and below inf, got nan", "--lr nan"),
             (train_tokenizer, "--batch must be at least 1", "--batch 0"),
+            (train_tokenizer, "beta must be above 0", "--beta 0"),
             (train_ar, "--ema must be at least 0 and below 1, got 1", "--ema 1"),
             (train_ar, "x: --size must be one of B, L", "--size M"),
             (train_ar, "--views 1, 2 or 10", "--views 3"),
@@ -1081,6 +1083,8 @@ def test_importing_does_nothing_and_a_mistake_ends_a_program_with_one_line():
     running = start("-c", code)
     assert running.communicate() == (f"x: {missing}\n", None)
     assert running.returncode == 1
+    full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory, and much more"))
+    raises("give a smaller --batch or, to train,", sample.run, full, kind=SystemExit)
     # What the system refuses, too; under a terminal without accents
     code = "import sample; sample.run(lambda: (print('caf\\xe9'), open('nowhere')))"
     said, _ = start("-c", code, PYTHONIOENCODING="ascii").communicate()

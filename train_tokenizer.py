@@ -272,7 +272,7 @@ class RandomCrops:
 # ---- Losses and the codebook ---------------------------------------------------------------------
 
 class PerceptualLoss(nn.Module):
-    """LPIPS with VGG, frozen, in eval mode and float32 (Eq. 7). Downloads VGG once."""
+    """LPIPS with VGG, frozen, in eval mode, without autocast (Eq. 7). Downloads VGG once."""
 
     def __init__(self):
         super().__init__()
@@ -622,8 +622,9 @@ def main(argv=None):
     torch.manual_seed(config.seed)
     model = Tokenizer(architecture).to(device)
     if config.init_from:
-        start = load_tokenizer(config.init_from).state_dict()
-        load_weights(model, {**model.state_dict(), **start}, config.init_from)
+        start = load_tokenizer(config.init_from)
+        start.repa_head = model.repa_head
+        load_weights(model, start.state_dict(), config.init_from)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     use = CodebookUse(architecture.codebook_size).to(device)
     networks = loss_networks(config).to(device)
@@ -677,8 +678,7 @@ def main(argv=None):
                        config.reseed_after, [model.quantizer.codebook, ema.quantizer.codebook])
 
         # Log (a codebook row never used has idle = step), evaluate, save
-        used = use.idle < min(step, config.log_every)
-        record.log_means(step, codebook=used.float().mean())
+        record.log_means(step, codebook=(use.idle < min(step, config.log_every)).float().mean())
         if rank() == 0 and (step == config.steps or step % config.eval_every == 0):
             figures, picture = evaluate(ema, val_images, config.seed)
             record.log(step=step, **figures)
