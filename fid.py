@@ -63,6 +63,8 @@ def run(main):
         # Of several processes, the first one ends the others before they say the same.
         time.sleep(3 * (torch.distributed.get_node_local_rank(fallback_rank=0) > 0))
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("the GPU's memory is full; give a smaller --batch or, to train, --micro-batch")
 
 
 # ---- The network ---------------------------------------------------------------------------------
