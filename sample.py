@@ -3,7 +3,7 @@
     python sample.py --cfg 1.1:10                         a grid, from out/ar/last.pt
     python sample.py --ckpt F --labels 207,360            classes in turn, by number or name
     python sample.py --ckpt F --stream --labels 0,1,2     previews while tokens are drawn (Sec. 3.3)
-    python sample.py --ckpt F --tokens 128                from the first 128 tokens only (Table 4)
+    python sample.py --ckpt F --tokens 128                from the first 128 tokens only (App. II)
     python sample.py --ckpt F --prefix IMAGE --keep 32,64 --labels 0,1    layout control (Fig. 8)
     python sample.py --ckpt F --reconstruct DIR           encodes and decodes images, for rFID
     torchrun --nproc_per_node=8 sample.py --ckpt F --num-images 50000 --npz samples.npz   for FID
@@ -69,7 +69,8 @@ class SampleConfig:
     reconstruct: str = ""          # folder of images to encode and decode
     npz: str = ""                  # file for the images as uint8 arr_0, which fid.py reads
     # Speed
-    compile: bool = True           # torch.compile, on CUDA only, from 1,000 images on
+    compile: bool = True           # torch.compile, on CUDA only, from 5,000 images a
+                                   # process on: below, it takes longer than it saves
 
 
 # ---- From labels to images -----------------------------------------------------------------------
@@ -109,7 +110,7 @@ class Pipeline:
             self.cfg = parse_cfg(config.cfg)  # guidance at the first and at the last token
             self.cache = self.ar.new_cache(self.batch if self.cfg is None else 2 * self.batch)
             self.recorded = RecordedStep() if on_cuda else None
-        if on_cuda and config.compile and len(self.inputs) >= 1000:
+        if on_cuda and config.compile and len(self.inputs) >= 5000 * world():
             for model in filter(None, (self.ar, self.tokenizer)):
                 compile_blocks(model)
 
@@ -776,7 +777,7 @@ def print0(text):
 
 def compile_blocks(model):
     """Compiles the transformer blocks one by one, which share what is compiled for a shape."""
-    torch._dynamo.config.recompile_limit = 32  # 16 lengths of the cache, and that of a prefix
+    torch._dynamo.config.recompile_limit = 128  # one for each length of the cache
     for blocks in model.modules():
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:
