@@ -623,7 +623,7 @@ def main(argv=None):
     model = Tokenizer(architecture).to(device)
     if config.init_from:
         start = load_tokenizer(config.init_from)
-        start.repa_head = model.repa_head
+        start.repa_head = model.repa_head  # which a loaded tokenizer lacks
         load_weights(model, start.state_dict(), config.init_from)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     use = CodebookUse(architecture.codebook_size).to(device)

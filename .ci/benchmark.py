@@ -2,7 +2,7 @@
 
     python .ci/benchmark.py sample L 64 1.1:8 compiled   one token's step, in random weights;
                                                    compiled or recorded (as sample.py draws from
-                                                   5,000 images on, or fewer), or eager
+                                                   5,000 images a process on, or fewer), or eager
     python .ci/benchmark.py decode paper 64        tokens to images, eight steps
     python .ci/benchmark.py train paper 32         a training pass of the tokenizer without LPIPS, REPA
     python .ci/benchmark.py train L 64             a training pass of an autoregressive model
